@@ -1,0 +1,160 @@
+"""The item ledger: what became of every item that an operation received.
+
+`received = ingested + skipped + failed + unaccounted`. A ledger belongs to one operation and does
+not roll up. Where `received` was never called it is inferred from the rest; where more settled
+than was received, the excess is reported and nothing is taken back.
+"""
+
+from __future__ import annotations
+
+import operator
+import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from periscope_otel import guard
+from periscope_otel.redaction import clean_name
+
+if TYPE_CHECKING:
+    from periscope_otel.telemetry.instruments import Instruments
+    from periscope_otel.telemetry.series import Series
+
+INGESTED = "ingested"
+SKIPPED = "skipped"
+FAILED = "failed"
+UNACCOUNTED = "unaccounted"
+
+
+class ItemAccount(NamedTuple):
+    """How an operation's items add up."""
+
+    received: int = 0
+    converted: int = 0
+    ingested: int = 0
+    skipped: int = 0
+    failed: int = 0
+    unaccounted: int = 0
+    excess: int = 0
+    """Items settled beyond those received."""
+
+
+class ItemLedger:
+    """Counts one operation's items; exact when several threads count at once.
+
+    Args:
+        instruments: Where the counts go as they come; None without telemetry.
+        series: The operation and feed that they are counted under.
+    """
+
+    def __init__(self, instruments: Instruments | None, series: Series | None) -> None:
+        self._instruments = instruments
+        self._series = series
+        self._lock = threading.Lock()
+        self._closed = False
+        self._received: int | None = None
+        self._converted = 0
+        self._settled = {INGESTED: 0, SKIPPED: 0, FAILED: 0, UNACCOUNTED: 0}
+
+    def receive(self, count: int) -> None:
+        """Add `count` received items."""
+        count = _checked(count, "received")
+        with self._lock:
+            if not self._closed:
+                self._received = (self._received or 0) + count
+            late = self._closed
+        if late:
+            _warn_late("received", count)
+        elif self._instruments is not None and self._series is not None:
+            self._instruments.count_items(self._series, received=count)
+
+    def convert(self, count: int) -> None:
+        """Add `count` converted items; conversion is a step, not an end, so it settles nothing."""
+        count = _checked(count, "converted")
+        with self._lock:
+            if not self._closed:
+                self._converted += count
+            late = self._closed
+        if late:
+            _warn_late("converted", count)
+        elif self._instruments is not None and self._series is not None:
+            self._instruments.count_items(self._series, converted=count)
+
+    def settle(self, outcome: str, count: int, reason: str | None = None) -> None:
+        """Add `count` items that ended as `outcome`: ingested, skipped (for a reason) or failed."""
+        count = _checked(count, outcome)
+        with self._lock:
+            if not self._closed:
+                self._settled[outcome] += count
+            late = self._closed
+        if late:
+            _warn_late(outcome, count)
+        else:
+            self._emit_settled(outcome, count, reason)
+
+    def close(self) -> ItemAccount:
+        """End the account: infer what was received, or count what is unaccounted for.
+
+        Items counted later would be counted twice (they are unaccounted already): they are
+        refused with a warning.
+        """
+        with self._lock:
+            if self._closed:
+                return self._account()
+            self._closed = True
+            inferred = 0
+            if self._received is None:
+                inferred = self._received = self._settled_sum()
+            unaccounted = max(0, self._received - self._settled_sum())
+            self._settled[UNACCOUNTED] = unaccounted
+            account = self._account()
+        if inferred and self._instruments is not None and self._series is not None:
+            self._instruments.count_items(self._series, received=inferred)
+        self._emit_settled(UNACCOUNTED, unaccounted, None)
+        return account
+
+    def account(self) -> ItemAccount:
+        """Return how the items add up so far."""
+        with self._lock:
+            return self._account()
+
+    def _account(self) -> ItemAccount:
+        settled = self._settled
+        received = self._received or 0
+        return ItemAccount(
+            received=received,
+            converted=self._converted,
+            ingested=settled[INGESTED],
+            skipped=settled[SKIPPED],
+            failed=settled[FAILED],
+            unaccounted=settled[UNACCOUNTED],
+            excess=max(0, self._settled_sum() - received) if self._closed else 0,
+        )
+
+    def _settled_sum(self) -> int:
+        return sum(self._settled.values())
+
+    def _emit_settled(self, outcome: str, count: int, reason: str | None) -> None:
+        if count and self._instruments is not None and self._series is not None:
+            reason = None if reason is None else clean_name(reason)
+            self._instruments.settle_items(self._series, outcome, count, reason)
+
+
+def _checked(count: int, what: str) -> int:
+    """Return `count` if it is a number of items, else 0: counting must not break an ingest."""
+    try:
+        number = operator.index(count)
+    except TypeError:
+        number = -1
+    if number >= 0:
+        return number
+    guard.warn("item count", "%s(%r): an item count is a whole number from 0 up", what, count)
+    return 0
+
+
+def _warn_late(what: str, count: int) -> None:
+    guard.warn(
+        "late items",
+        "%d items were counted as %s after their operation had settled, which had counted them as "
+        "unaccounted: they are left there. Count inside the operation",
+        count,
+        what,
+    )

@@ -1,0 +1,477 @@
+"""One ingest operation, from begin to settle.
+
+The Operation lives in the OpenTelemetry context beside its span, so one attach carries both
+wherever the span goes. It settles exactly once: whoever takes it out of the set of live operations
+settles it, whether that is a return, an exception, a finaliser or the end of the process.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import time
+from typing import TYPE_CHECKING, Any, overload
+
+from opentelemetry.context import Context, attach, create_key, detach, get_current
+from opentelemetry.trace import (
+    INVALID_SPAN,
+    Link,
+    Span,
+    SpanKind,
+    Status,
+    StatusCode,
+    set_span_in_context,
+)
+
+from periscope_otel import guard
+from periscope_otel.failure import Failure, classify, classify_response, message_of, stack_text
+from periscope_otel.items import FAILED, INGESTED, SKIPPED, ItemAccount, ItemLedger
+from periscope_otel.redaction import clean_name, redact
+from periscope_otel.telemetry import names
+from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+    from typing import TypeVar
+
+    from opentelemetry.util.types import AttributeValue
+
+    from periscope_otel.telemetry.current import Telemetry
+    from periscope_otel.telemetry.series import Series
+
+    _Item = TypeVar("_Item")
+
+OPERATION_KEY = create_key("periscope-operation")
+"""The context key of the enclosing operation."""
+
+SPAN_KEY = next(iter(set_span_in_context(INVALID_SPAN, Context())))
+"""The API's own context key of the current span, learnt from its public setter: with it one copy
+of the context takes both the span and the operation."""
+
+_ITEM_EVENTS = 8
+"""Failed items of one operation that are described in its span; all are counted."""
+
+CANCELLED = Failure(
+    outcome="cancelled", error_type=None, verdict="ignored", retryable=False, retry_after=None
+)
+
+_UNTYPED_FAILURE = Failure(
+    # `_OTHER` is what the semantic conventions put into `error.type` for want of a better value.
+    outcome="error",
+    error_type="_OTHER",
+    verdict="failure",
+    retryable=False,
+    retry_after=None,
+)
+
+
+class Operation:
+    """One ingest operation: its span, its account of items, and how it ended.
+
+    Made by `monitored` and `operation`, read with `current_operation`; not built by hand.
+    """
+
+    # What most operations never set is a default of the class: it costs nothing there.
+    span: Span = INVALID_SPAN
+    """The OpenTelemetry span; a non-recording one without an SDK."""
+    series: Series | None = None
+    """The operation and feed that metrics are counted under."""
+    outcome: str | None = None
+    """How it ended (`ok`, `error`, `timeout`, `cancelled`, `rejected`, `partial`); None before."""
+    context: Context = Context()
+    """The OpenTelemetry context in which it is the current operation."""
+    _telemetry: Telemetry | None = None
+    token: contextvars.Token[Context] | None = None
+    _resumed_at: float = 0.0
+    _seconds: float = 0.0
+    _ledger: ItemLedger | None = None
+    _failure: Failure | None = None
+    _item_events: int = 0
+    _suspended_at: float = 0.0
+    _consumer_seconds: float | None = None
+
+    def __init__(self, name: str, feed: str | None) -> None:
+        self.name = name
+        self.feed = feed
+
+    def __repr__(self) -> str:
+        state = self.outcome or "live"
+        return f"<Operation {self.name!r} feed={self.feed!r} {state}>"
+
+    # What the user calls.
+
+    @property
+    def items(self) -> ItemAccount:
+        """How the items add up so far; final once the operation has settled."""
+        return ItemAccount() if self._ledger is None else self._ledger.account()
+
+    def received(self, count: int = 1) -> None:
+        """Count items that came in: each should later be ingested, skipped or failed.
+
+        Args:
+            count: How many; a whole number from 0 up.
+        """
+        self._items().receive(count)
+
+    def converted(self, count: int = 1) -> None:
+        """Count items that were converted; a step on the way, it settles no item."""
+        self._items().convert(count)
+
+    def ingested(self, count: int = 1) -> None:
+        """Count items that reached their destination."""
+        self._items().settle(INGESTED, count)
+
+    def skipped(self, count: int = 1, *, reason: str | None = None) -> None:
+        """Count items that were left out on purpose.
+
+        Args:
+            count: How many.
+            reason: Why, one of a few fixed words such as `"no_content"`: it becomes a label.
+        """
+        self._items().settle(SKIPPED, count, reason)
+
+    def failed(
+        self,
+        item: object = None,  # noqa: ARG002  (its content never goes into telemetry)
+        error: BaseException | None = None,
+        *,
+        count: int = 1,
+    ) -> None:
+        """Count items that could not be ingested; the outcome becomes `partial`.
+
+        Args:
+            item: The item; its content is never put into telemetry.
+            error: Why; the first few are described in the span.
+            count: How many items this is about.
+        """
+        self._items().settle(FAILED, count)
+        if error is not None:
+            self._describe_item_failure(error)
+
+    def fail(self, error: BaseException | str | object) -> None:
+        """Mark the operation as failed although nothing is raised.
+
+        Args:
+            error: What went wrong: an exception, a response object with an HTTP status, or a text.
+        """
+        with guard.contained("operation.fail"):
+            if isinstance(error, BaseException):
+                self._failure = classify(error)
+                self._record_exception(error)
+            else:
+                self._failure = classify_response(error) or _UNTYPED_FAILURE
+                description = redact(error) if isinstance(error, str) else None
+                self.span.set_status(Status(StatusCode.ERROR, description))
+
+    def set_attribute(self, key: str, value: AttributeValue) -> None:
+        """Set a span attribute; texts are made harmless, as everything that the plugin emits."""
+        with guard.contained("operation.set_attribute"):
+            self.span.set_attribute(key, harmless(value))
+
+    @overload
+    def track(self, items: Iterable[_Item], *, total: int | None = None) -> Iterator[_Item]: ...
+    @overload
+    def track(
+        self, items: AsyncIterable[_Item], *, total: int | None = None
+    ) -> AsyncIterator[_Item]: ...
+    def track(self, items: Any, *, total: int | None = None) -> Any:
+        """Iterate over items, counting each as received as it is handed out.
+
+        On a terminal a progress bar is shown on standard error; elsewhere nothing.
+
+        Args:
+            items: Any iterable or async iterable.
+            total: How many there are, if `len(items)` does not tell.
+
+        Example:
+            >>> for item in op.track(feed.items()):
+            ...     store(item)
+        """
+        from periscope_otel import progress
+
+        if hasattr(items, "__aiter__"):
+            return progress.track_async(self, items, total)
+        return progress.track(self, items, total)
+
+    # Begin, suspend, resume, settle: what the wrappers call.
+
+    def start(
+        self,
+        telemetry: Telemetry,
+        parent: Context,
+        kind: SpanKind,
+        attributes: Mapping[str, AttributeValue],
+        links: Sequence[Link] | None = None,
+    ) -> None:
+        """Start the span as a child of what `parent` holds, and count the operation as live."""
+        self._telemetry = telemetry
+        self.series = telemetry.instruments.labels.series(self.name, self.feed)
+        try:
+            self.span = telemetry.start_span(self.name, parent, kind, attributes, links)
+        except Exception as error:  # noqa: BLE001  (a span processor raised: count without a span)
+            guard.report("start_span", error)
+        self.context = Context(parent | {SPAN_KEY: self.span, OPERATION_KEY: self})
+        telemetry.live.add(self)
+
+    def enter(self) -> None:
+        """Make this the current operation and let its time run."""
+        self.token = attach(self.context)
+        if self._telemetry is not None:
+            self._resumed_at = self._telemetry.clock()
+
+    def leave(self) -> None:
+        """Stop its time and make current what was current before."""
+        if self._telemetry is not None:
+            self._seconds += self._telemetry.clock() - self._resumed_at
+        token, self.token = self.token, None
+        _restore(token)
+
+    def finish(self) -> None:
+        """Leave and settle an operation that raised nothing."""
+        if self._telemetry is None and self._ledger is None and self._failure is None:
+            # As in CallSite.begin: without an SDK this is nearly all that a call costs.
+            token = self.token
+            try:
+                token.var.reset(token)  # type: ignore[union-attr,arg-type]
+            except Exception:  # noqa: BLE001  (another kind of token, or another context)
+                _restore(token)
+            self.outcome = "ok"
+            return
+        self.leave()
+        self.settle()
+
+    def suspend(self) -> None:
+        """Leave at a `yield`: what follows is the consumer's time."""
+        self.leave()
+        if self._telemetry is not None:
+            self._suspended_at = self._telemetry.clock()
+
+    def resume(self) -> None:
+        """Enter again, or for the first time."""
+        if self._telemetry is not None:
+            consumed = self._consumer_seconds
+            if consumed is None:
+                self._consumer_seconds = 0.0
+            else:
+                self._consumer_seconds = consumed + self._telemetry.clock() - self._suspended_at
+        self.enter()
+
+    def settle(
+        self,
+        failure: Failure | None = None,
+        error: BaseException | None = None,
+        *,
+        ended_at: int | None = None,
+    ) -> None:
+        """End the operation once; later calls, and those of another process, do nothing.
+
+        Args:
+            failure: What went wrong; None if nothing did.
+            error: The exception to record, if the failure is one.
+            ended_at: Unix nanoseconds; now by default.
+        """
+        telemetry = self._telemetry
+        if telemetry is None:
+            self._settle_without_telemetry(failure)
+            return
+        if telemetry.inherited:
+            return
+        try:
+            telemetry.live.remove(self)
+        except KeyError:
+            return
+        try:
+            outcome, error_type = "ok", None
+            if (
+                failure is not None
+                or self._failure is not None
+                or self._ledger is not None
+                or self._consumer_seconds is not None
+            ):
+                outcome, error_type = self._describe(failure, error)
+        except Exception as own_error:  # noqa: BLE001
+            guard.report("operation.settle", own_error)
+            outcome, error_type = ("ok", None) if failure is None else (failure.outcome, None)
+        self.outcome = outcome
+        try:
+            self.span.end(ended_at)
+        except Exception as own_error:  # noqa: BLE001  (a span processor raised)
+            guard.report("span.end", own_error)
+        series = self.series
+        if series is None:  # pragma: no cover  (start() sets both)
+            return
+        if outcome in _SUCCESSES:
+            series.last_success = time.time()
+        telemetry.instruments.record(
+            (self._seconds, series, outcome, error_type, self.span.get_span_context())
+        )
+
+    def abort(self) -> None:
+        """Settle as cancelled, from another thread: the process ends in the middle of it."""
+        telemetry = self._telemetry
+        if telemetry is not None and self.token is not None:
+            self._seconds += telemetry.clock() - self._resumed_at
+        self.settle(CANCELLED)
+
+    def settle_later(
+        self, failure: Failure | None = None, error: BaseException | None = None
+    ) -> None:
+        """End the operation where no lock may be taken, such as in a finaliser.
+
+        The worker settles it a moment later; the span's end is the time of this call.
+        """
+        ended_at = time.time_ns()
+        worker.post(lambda: self.settle(failure, error, ended_at=ended_at))
+
+    def _items(self) -> ItemLedger:
+        ledger = self._ledger
+        if ledger is None:
+            instruments = None if self._telemetry is None else self._telemetry.instruments
+            # Two threads may both get here: setdefault lets one ledger win.
+            ledger = self.__dict__.setdefault("_ledger", ItemLedger(instruments, self.series))
+        return ledger
+
+    def _settle_without_telemetry(self, failure: Failure | None) -> None:
+        if self.outcome is None:
+            self.outcome = _outcome_of(failure or self._failure, self._close_ledger())
+
+    def _close_ledger(self) -> ItemAccount | None:
+        return None if self._ledger is None else self._ledger.close()
+
+    def _describe(
+        self, failure: Failure | None, error: BaseException | None
+    ) -> tuple[str, str | None]:
+        """Put what differs from a plain success on the span; return outcome and error type."""
+        account = self._close_ledger()
+        failure = failure or self._failure
+        outcome = _outcome_of(failure, account)
+        error_type = None if failure is None else failure.error_type
+        span = self.span
+        if not span.is_recording():
+            return outcome, error_type
+        attributes: dict[str, AttributeValue] = {} if account is None else _item_attributes(account)
+        if self._consumer_seconds is not None:
+            attributes[names.CONSUMER_DURATION] = self._consumer_seconds
+        if outcome != "ok":
+            attributes[names.OUTCOME] = outcome
+        if error_type is not None:
+            attributes[names.ERROR_TYPE] = error_type
+        span.set_attributes(attributes)
+        if error is not None and outcome in _FAILURES:
+            self._record_exception(error)
+        return outcome, error_type
+
+    def _record_exception(self, error: BaseException) -> None:
+        """Set the status; and the event, if no inner operation of this trace has recorded it."""
+        span = self.span
+        if not span.is_recording():
+            return
+        message = message_of(error)
+        name = clean_name(type(error).__name__)
+        span.set_status(Status(StatusCode.ERROR, f"{name}: {message}" if message else name))
+        if _first_to_record(error, span.get_span_context().trace_id):
+            span.add_event(
+                names.EXCEPTION_EVENT,
+                {
+                    names.EXCEPTION_TYPE: _full_name(error),
+                    names.EXCEPTION_MESSAGE: message,
+                    names.EXCEPTION_STACKTRACE: stack_text(error),
+                },
+            )
+
+    def _describe_item_failure(self, error: BaseException) -> None:
+        self._item_events += 1
+        if self._item_events > _ITEM_EVENTS or not self.span.is_recording():
+            return
+        with guard.contained("operation.failed"):
+            self.span.add_event(
+                names.ITEM_FAILED_EVENT,
+                {
+                    names.EXCEPTION_TYPE: _full_name(error),
+                    names.EXCEPTION_MESSAGE: message_of(error),
+                },
+            )
+
+
+_SUCCESSES = frozenset({"ok", "partial"})
+_FAILURES = frozenset({"error", "timeout", "rejected"})
+
+
+def _outcome_of(failure: Failure | None, account: ItemAccount | None) -> str:
+    if failure is not None and failure.outcome != "ok":
+        return failure.outcome
+    if account is not None and (account.failed or account.unaccounted):
+        return "partial"
+    return "ok"
+
+
+def _item_attributes(account: ItemAccount) -> dict[str, AttributeValue]:
+    attributes: dict[str, AttributeValue] = {
+        names.ITEMS_RECEIVED: account.received,
+        names.ITEMS_CONVERTED: account.converted,
+        names.ITEMS_INGESTED: account.ingested,
+        names.ITEMS_SKIPPED: account.skipped,
+        names.ITEMS_FAILED: account.failed,
+        names.ITEMS_UNACCOUNTED: account.unaccounted,
+    }
+    if account.excess:
+        attributes[names.ITEMS_EXCESS] = account.excess
+    return attributes
+
+
+def _full_name(error: BaseException) -> str:
+    """Return the type as `exception.type` wants it: with its module, unless it is built in."""
+    cls = type(error)
+    name = (
+        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+    )
+    return clean_name(name)
+
+
+def _first_to_record(error: BaseException, trace_id: int) -> bool:
+    """Whether no operation of this trace has recorded `error` yet; marks it as recorded.
+
+    The mark is an attribute of the exception: an exception of a built-in type takes no weak
+    reference, and a strong one would keep the frames with all their locals alive.
+    """
+    if error.__dict__.get(_RECORDED_IN) == trace_id:
+        return False
+    # The base's setter: a frozen exception class may forbid its own.
+    BaseException.__setattr__(error, _RECORDED_IN, trace_id)
+    return True
+
+
+_RECORDED_IN = "_periscope_recorded_in"
+
+
+def harmless(value: AttributeValue) -> AttributeValue:
+    """Return an attribute value that no exporter or terminal stumbles over."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value):
+        return [redact(str(one)) for one in value]
+    return value
+
+
+def _restore(token: contextvars.Token[Context] | None) -> None:
+    """Detach, without the API's error log where this runs in another context than the attach did.
+
+    That happens to a generator that is finalised by another task, and to operations that the end
+    of the process settles: there is nothing to restore there.
+    """
+    if isinstance(token, contextvars.Token):
+        try:
+            token.var.reset(token)
+        except (ValueError, RuntimeError):
+            return
+    elif token is not None:  # a runtime context of the application's own (OTEL_PYTHON_CONTEXT)
+        detach(token)
+
+
+def current_operation() -> Operation:
+    """Return the enclosing operation; outside of any, one on which every call does nothing.
+
+    Example:
+        >>> current_operation().skipped(reason="no_content")
+    """
+    operation = get_current().get(OPERATION_KEY)
+    return operation if isinstance(operation, Operation) else Operation("", None)

@@ -1,0 +1,434 @@
+"""`configure()` and `shutdown()`: the one module that knows all parts and wires them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import weakref
+from functools import cached_property
+from typing import TYPE_CHECKING, TypeVar
+
+from opentelemetry import metrics, trace
+
+from periscope_otel import guard
+from periscope_otel.operation import Operation
+from periscope_otel.report import ExportReport, SignalReport
+from periscope_otel.settings import Settings, differences, load
+from periscope_otel.telemetry import pipeline
+from periscope_otel.telemetry.current import (
+    Telemetry,
+    current,
+    global_meter_provider,
+    global_tracer_provider,
+    telemetry_on,
+)
+from periscope_otel.telemetry.lifecycle import ExitHooks, Flushable, FlushThread, flush_all
+from periscope_otel.telemetry.prometheus import PrometheusPage
+from periscope_otel.telemetry.reader import ExportingReader
+from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.sdk.metrics.export import MetricReader
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.trace import TracerProvider
+
+    from periscope_otel.server import Server
+    from periscope_otel.telemetry.export import CountedSpanProcessor
+
+logger = logging.getLogger("periscope_otel")
+
+_Provider = TypeVar("_Provider")
+
+
+class Runtime:
+    """The parts that `configure()` has wired together.
+
+    Args:
+        settings: How.
+        tracer_provider: Used as it is, if given; else the global one; else one is built.
+        meter_provider: Likewise.
+
+    Raises:
+        OSError: If the Prometheus address cannot be listened on.
+        ValueError: If the environment names an exporter that is not installed.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        tracer_provider: TracerProvider | None = None,
+        meter_provider: MeterProvider | None = None,
+    ) -> None:
+        self.settings = settings
+        self.given = (tracer_provider, meter_provider)
+        self.tracer_provider = tracer_provider or _usable(global_tracer_provider())
+        self.meter_provider = meter_provider or _usable(global_meter_provider())
+        self._owns_meter_provider = self.meter_provider is None
+        self._processors: list[CountedSpanProcessor] = []
+        self._readers: list[ExportingReader] = []
+        self._flush_threads: list[FlushThread] = []
+        self._page: PrometheusPage | None = None
+        self.server: Server | None = None
+        self._pid = os.getpid()
+        self._reset_end()
+        if settings.prometheus is not None:
+            self._serve(settings.prometheus.host, settings.prometheus.port)
+        self._wire_traces()
+        self._wire_metrics()
+        self.telemetry = self._use()
+        self._hooks = ExitHooks(self._end)
+        self._hooks.install()
+
+    @cached_property
+    def resource(self) -> Resource:
+        """What the telemetry is about."""
+        return pipeline.resource_of(self.settings.service_name)
+
+    def flush(self, timeout: float = 5.0) -> bool:
+        """Send everything that has ended, waiting `timeout` seconds at most.
+
+        Returns:
+            Whether all was dealt with in time.
+        """
+        deadline = time.monotonic() + timeout
+        worker.finish_posted(timeout)
+        if not self.telemetry.inherited:
+            self.telemetry.instruments.drain()
+        return flush_all(self._flushables(), deadline)
+
+    def shutdown(self, timeout: float | None = None) -> ExportReport:
+        """Flush everything, end the parts that were built here, and say what was left.
+
+        Args:
+            timeout: Seconds in all; the setting `shutdown_timeout` (5) by default.
+
+        Returns:
+            What was exported and what was not. A second call returns the same.
+        """
+        timeout = self.settings.shutdown_timeout if timeout is None else timeout
+        if not self._closing.acquire(blocking=False):
+            self._closed.wait(timeout)
+            return self.report(in_time=self._closed.is_set())
+        deadline = time.monotonic() + timeout
+        in_time = self.flush(timeout)
+        report = self.report(in_time=in_time)
+        self._say(report)
+        self._close_parts(deadline)
+        self._closed.set()
+        return report
+
+    @property
+    def closed(self) -> bool:
+        """Whether `shutdown` has begun."""
+        return self._closing.locked()
+
+    def report(self, *, in_time: bool = True) -> ExportReport:
+        """Return what has been exported so far, by signal and destination."""
+        signals = [
+            SignalReport(
+                "spans",
+                processor.account.destination,
+                *processor.account.counts(),
+                waiting=processor.waiting,
+            )
+            for processor in self._processors
+        ]
+        signals += [
+            SignalReport(
+                "metric points", reader.account.destination, *reader.account.counts(), waiting=0
+            )
+            for reader in self._readers
+        ]
+        return ExportReport(tuple(signals), in_time)
+
+    # Wiring.
+
+    def _serve(self, host: str, port: int) -> None:
+        from periscope_otel.server import Page, Server
+
+        self._page = PrometheusPage()
+        pages: dict[str, Callable[[str], Page]] = {
+            "/metrics": self._page,
+            "/health": lambda _accept: Page(b"ok\n", "text/plain"),
+        }
+        self.server = Server(host, port, pages)
+
+    def _wire_traces(self) -> None:
+        if self.tracer_provider is not None:
+            self._use_foreign("spans", self.tracer_provider)
+            return
+        wanted = pipeline.destinations(
+            "traces", self.settings.otlp_endpoint, self.settings.otlp_protocol
+        )
+        if wanted:
+            self._processors = pipeline.span_processors(wanted)
+            self.tracer_provider = pipeline.build_tracer_provider(self.resource, self._processors)
+            if global_tracer_provider() is None:
+                trace.set_tracer_provider(self.tracer_provider)
+            for processor in self._processors:
+                self._flush_threads.append(FlushThread("periscope-spans", processor.force_flush))
+
+    def _wire_metrics(self) -> None:
+        if self.meter_provider is not None:
+            self._use_foreign("metrics", self.meter_provider)
+            if self._page is not None:
+                self._add_reader(self.meter_provider, self._page.reader)
+        else:
+            self._build_meter_provider(self.resource, self._page)
+            if self.meter_provider is not None and global_meter_provider() is None:
+                metrics.set_meter_provider(self.meter_provider)
+
+    def _build_meter_provider(self, resource: Resource, page: PrometheusPage | None) -> None:
+        wanted = pipeline.destinations(
+            "metrics", self.settings.otlp_endpoint, self.settings.otlp_protocol
+        )
+        readers = pipeline.metric_readers(wanted)
+        self._readers = [reader for reader in readers if isinstance(reader, ExportingReader)]
+        if page is not None:
+            readers.append(page.reader)
+        if readers:
+            self.meter_provider = pipeline.build_meter_provider(resource, readers)
+
+    def _use_foreign(self, what: str, provider: object) -> None:
+        """Flush a provider that is not ours, and never shut it down."""
+        if self.settings.otlp_endpoint is not None:
+            logger.warning(
+                "otlp_endpoint has no effect on %s: %s is set already and used as it is",
+                what,
+                type(provider).__name__,
+            )
+        flush = getattr(provider, "force_flush", None)
+        if flush is not None:
+            self._flush_threads.append(FlushThread(f"periscope-{what}", flush))
+
+    def _add_reader(self, provider: object, reader: MetricReader) -> None:
+        add = getattr(provider, "add_metric_reader", None)
+        if add is None:
+            raise TypeError(f"{type(provider).__name__} takes no further metric reader")
+        add(reader)
+
+    def _use(self) -> Telemetry:
+        telemetry = telemetry_on(
+            self.tracer_provider,
+            self.meter_provider,
+            label_limit=self.settings.label_limit,
+            renew=self._renew_after_fork,
+        )
+        telemetry.instruments.export_accounts = (
+            *(processor.account for processor in self._processors),
+            *(reader.account for reader in self._readers),
+        )
+        current.telemetry = telemetry
+        worker.start()
+        return telemetry
+
+    def _flushables(self) -> list[Flushable]:
+        return [*self._flush_threads, *self._readers]
+
+    # The end.
+
+    def _end(self, kind: str) -> None:
+        """Called at the end of the process, whatever ends it."""
+        with guard.contained(f"end of the process ({kind})"):
+            for operation in tuple(self.telemetry.live):
+                if isinstance(operation, Operation):
+                    operation.abort()
+            self.shutdown()
+
+    def _reset_end(self) -> None:
+        self._closing = threading.Lock()
+        self._closed = threading.Event()
+
+    def _close_parts(self, deadline: float) -> None:
+        """Shut down what was built here; what hangs is left behind when the time is up."""
+        if current.telemetry is self.telemetry:
+            current.telemetry = None
+        self._hooks.remove()
+        if self.server is not None:
+            self.server.close()
+            if self._page is not None and not self._owns_meter_provider:
+                remove = getattr(self.meter_provider, "remove_metric_reader", None)
+                if remove is not None:
+                    remove(self._page.reader)
+        if self._processors:
+            _closed_providers.add(self.tracer_provider)
+        if self._owns_meter_provider:
+            _closed_providers.add(self.meter_provider)
+        closers: list[Callable[[], object]] = [reader.shutdown for reader in self._readers]
+        closers += [processor.shutdown for processor in self._processors]
+        for close in closers:
+            _run_until(deadline, close)
+
+    def _say(self, report: ExportReport) -> None:
+        wanted = self.settings.exit_report
+        if wanted == "never" or (not report.signals and report.complete):
+            return
+        in_child = self._pid != os.getpid()
+        if report.complete and (wanted == "loss" or in_child):
+            return
+        try:
+            sys.stderr.write(report.line() + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError, AttributeError):
+            return  # no standard error to say it on
+
+    # The child of a fork.
+
+    def after_fork(self) -> None:
+        """Put right at once, in the child, what cannot wait for its first operation."""
+        self._reset_end()
+        self._hooks.restore_signal_handler()
+        if self.server is not None:
+            self.server.after_fork()
+            self.server = None
+        self._readers = []
+        for processor in self._processors:
+            processor.after_fork()
+        for thread in self._flush_threads:
+            thread.restart()
+
+    def _renew_after_fork(self) -> Telemetry:
+        """Make the child's own telemetry, on its first operation."""
+        if self._owns_meter_provider:
+            self.meter_provider = None
+            self._build_meter_provider(pipeline.resource_after_fork(self.resource), None)
+            current.global_instruments = None
+        else:
+            self.telemetry.instruments.clear()
+        self.telemetry = self._use()
+        self._hooks.install()
+        return self.telemetry
+
+
+def _run_until(deadline: float, close: Callable[[], object]) -> None:
+    """Run `close`, but leave it behind in its thread when the time is up."""
+
+    def run() -> None:
+        with guard.contained("shutdown"):
+            close()
+
+    thread = threading.Thread(target=run, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        return  # the interpreter is ending: nothing needs to be closed any more
+    thread.join(max(0.0, deadline - time.monotonic()))
+
+
+def _usable(provider: _Provider | None) -> _Provider | None:
+    """Return a global provider unless it is one of ours that was shut down."""
+    return None if provider in _closed_providers else provider
+
+
+_closed_providers: weakref.WeakSet[object] = weakref.WeakSet()
+"""Providers that were built here and shut down; the API keeps the first global one for ever."""
+
+_lock = threading.Lock()
+_runtime: Runtime | None = None
+
+
+def configure(
+    *,
+    service_name: str | None = None,
+    tracer_provider: TracerProvider | None = None,
+    meter_provider: MeterProvider | None = None,
+    otlp_endpoint: str | None = None,
+    otlp_protocol: str | None = None,
+    prometheus: str | bool | None = None,
+    label_limit: int | None = None,
+    shutdown_timeout: float | None = None,
+    exit_report: str | None = None,
+) -> Runtime:
+    """Set everything up, once for the process. Every argument is optional.
+
+    Providers that are given, or that the application has set globally, are used as they are. Each
+    setting is taken from its keyword, else from `PERISCOPE_*`, else from its default.
+
+    Args:
+        service_name: `service.name`; else OTEL_SERVICE_NAME.
+        tracer_provider: Where spans go; by default the global provider, else one is built.
+        meter_provider: Where metrics go; likewise.
+        otlp_endpoint: The OTLP base URL, such as `http://localhost:4318`; else
+            OTEL_EXPORTER_OTLP_ENDPOINT; without either nothing tries the network.
+        otlp_protocol: `grpc` or `http/protobuf`; by default gRPC on port 4317, HTTP elsewhere.
+        prometheus: True to serve `/metrics` on 127.0.0.1:9464, or an address.
+        label_limit: Label sets of one instrument before further values become `other`; 1,500.
+        shutdown_timeout: Seconds at the end of the process in which everything is flushed; 5.
+        exit_report: `always`, `loss` or `never`: when the end says in one line what was exported.
+
+    Returns:
+        The runtime. A second call returns the same one, and warns of arguments that differ.
+
+    Raises:
+        SettingsError: If a setting's value does not fit.
+        OSError: If the Prometheus address cannot be listened on.
+
+    Example:
+        >>> runtime = configure(service_name="feeds", otlp_endpoint="http://localhost:4318")
+        >>> runtime.shutdown()
+    """
+    global _runtime
+    settings = load(
+        {
+            "service_name": service_name,
+            "otlp_endpoint": otlp_endpoint,
+            "otlp_protocol": otlp_protocol,
+            "prometheus": prometheus,
+            "label_limit": label_limit,
+            "shutdown_timeout": shutdown_timeout,
+            "exit_report": exit_report,
+        }
+    )
+    with _lock:
+        if _runtime is None or _runtime.closed:
+            _runtime = Runtime(settings, tracer_provider, meter_provider)
+        else:
+            _warn_of_differences(_runtime, settings, (tracer_provider, meter_provider))
+        return _runtime
+
+
+def shutdown(timeout: float = 5.0) -> ExportReport | None:
+    """Flush everything within `timeout` seconds and say what was left; undoes `configure()`.
+
+    Returns:
+        What was exported and what was not; None if nothing was configured.
+    """
+    runtime = _runtime
+    return None if runtime is None else runtime.shutdown(timeout)
+
+
+def _warn_of_differences(
+    runtime: Runtime,
+    settings: Settings,
+    given: tuple[TracerProvider | None, MeterProvider | None],
+) -> None:
+    told = differences(runtime.settings, settings)
+    for name, old, new in zip(
+        ("tracer_provider", "meter_provider"), runtime.given, given, strict=True
+    ):
+        if old is not new:
+            told.append(f"{name}: another one")
+    if told:
+        logger.warning(
+            "configure() was called before; it keeps its settings. What differs now: %s. "
+            "Call shutdown() first to change them",
+            "; ".join(told),
+        )
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    if _runtime is not None and not _runtime.closed:
+        with guard.contained("fork"):
+            _runtime.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

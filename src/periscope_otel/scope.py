@@ -1,0 +1,264 @@
+"""Where operations begin: what a place in the code says of them, and `operation(...)` blocks."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
+from opentelemetry.context import Context, attach, get_current
+from opentelemetry.trace import Link, SpanContext, SpanKind
+
+from periscope_otel import guard
+from periscope_otel.failure import Failure, classify
+from periscope_otel.operation import CANCELLED, OPERATION_KEY, Operation, harmless
+from periscope_otel.redaction import clean_name
+from periscope_otel.telemetry import names
+from periscope_otel.telemetry.current import current, discover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+    from opentelemetry.util.types import AttributeValue
+
+    PerCall: TypeAlias = Callable[[dict[str, Any]], object]
+    """A value worked out for each call, from its bound arguments by name."""
+
+
+class CallSite:
+    """What all operations begun at one place share; the values that vary are worked out per call.
+
+    Args:
+        name: The operation's name, or a callable of the bound arguments.
+        feed: The feed's name, or such a callable; None inherits the enclosing operation's.
+        breaker: The name of the breaker of what is called, or such a callable.
+        kind: The kind of the spans.
+        attributes: Further attributes of the spans.
+        function: The callable whose signature binds the arguments.
+    """
+
+    def __init__(
+        self,
+        name: str | PerCall,
+        *,
+        feed: str | PerCall | None = None,
+        breaker: str | PerCall | None = None,
+        kind: SpanKind = SpanKind.INTERNAL,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        function: Callable[..., Any] | None = None,
+    ) -> None:
+        self._name = clean_name(name) if isinstance(name, str) else "operation"
+        self._feed = clean_name(feed) if isinstance(feed, str) else None
+        self._kind = kind
+        self._extra = {key: harmless(value) for key, value in (attributes or {}).items()}
+        if isinstance(breaker, str):
+            self._extra[names.BREAKER_NAME] = clean_name(breaker)
+        self._attributes = self._span_attributes(self._name, self._feed)
+        self._per_call: dict[str, PerCall] = {
+            what: value
+            for what, value in (("name", name), ("feed", feed), ("breaker", breaker))
+            if callable(value)
+        }
+        self._function = function
+        self._signature: inspect.Signature | None = None
+
+    def begin(
+        self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Operation:
+        """Begin an operation and make it the current one; never raises."""
+        if current.telemetry is None and not self._per_call and discover() is None:
+            # Without an SDK this is nearly all that a decorated call costs, so it is spelt out.
+            parent = get_current()
+            enclosing = parent.get(OPERATION_KEY)
+            feed = self._feed
+            if feed is None and enclosing is not None:
+                feed = enclosing.feed  # type: ignore[attr-defined]
+            operation = Operation(self._name, feed)
+            operation.token = attach(Context(parent | {OPERATION_KEY: operation}))
+            return operation
+        operation = self.prepare(args, kwargs)
+        operation.enter()
+        return operation
+
+    def prepare(
+        self,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        parent: Context | None = None,
+        links: Sequence[Link] | None = None,
+    ) -> Operation:
+        """Begin an operation without making it the current one; never raises.
+
+        Args:
+            args: The positional arguments of the call, for what is worked out per call.
+            kwargs: Its keyword arguments.
+            parent: The context to begin in; the current one by default.
+            links: Spans of other traces that led to this one.
+        """
+        try:
+            if parent is None:
+                parent = get_current()
+            name, feed, attributes = self._name, self._feed, self._attributes
+            if self._per_call:
+                name, feed, attributes = self._work_out(args, kwargs or {})
+            if feed is None:
+                feed = _inherited_feed(parent)
+                if feed is not None:
+                    attributes = {**attributes, names.FEED_NAME: feed}
+            telemetry = current.telemetry or discover()
+            operation = Operation(name, feed)
+            if telemetry is None or SUPPRESS_KEY in parent:
+                operation.context = Context(parent | {OPERATION_KEY: operation})
+            else:
+                operation.start(telemetry, parent, self._kind, attributes, links)
+        except Exception as error:  # noqa: BLE001
+            guard.report("begin", error)
+            return Operation(self._name, self._feed)
+        return operation
+
+    def _span_attributes(self, name: str, feed: str | None) -> dict[str, AttributeValue]:
+        attributes: dict[str, AttributeValue] = {names.OPERATION_NAME: name, names.OUTCOME: "ok"}
+        if feed is not None:
+            attributes[names.FEED_NAME] = feed
+        # The user's attributes come first in the dict literal's order of precedence: ours win.
+        return {**self._extra, **attributes}
+
+    def _work_out(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[str, str | None, dict[str, AttributeValue]]:
+        values: dict[str, str] = {}
+        bound = self._bind(args, kwargs)
+        if bound is not None:
+            for what, work_out in self._per_call.items():
+                value = _contained_call(what, work_out, bound)
+                if value is not None:
+                    values[what] = clean_name(value)
+        name, feed = values.get("name", self._name), values.get("feed", self._feed)
+        attributes = self._span_attributes(name, feed)
+        if "breaker" in values:
+            attributes[names.BREAKER_NAME] = values["breaker"]
+        return name, feed, attributes
+
+    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return the arguments by name; None if they do not fit, which the call itself will say."""
+        if self._function is None:
+            return None
+        try:
+            if self._signature is None:
+                self._signature = inspect.signature(self._function)
+            bound = self._signature.bind(*args, **kwargs)
+        except (TypeError, ValueError):
+            return None
+        bound.apply_defaults()
+        return bound.arguments
+
+
+def _inherited_feed(parent: Context) -> str | None:
+    enclosing = parent.get(OPERATION_KEY)
+    return enclosing.feed if isinstance(enclosing, Operation) else None
+
+
+def _contained_call(what: str, work_out: PerCall, bound: dict[str, Any]) -> object:
+    try:
+        return work_out(bound)
+    except Exception as error:  # noqa: BLE001  (the user's callable must not break the user's call)
+        guard.warn(f"{what} callable", "the callable given as %s= raised %r; left out", what, error)
+        return None
+
+
+def failure_of(error: BaseException) -> Failure | None:
+    """Return what an exception that left an operation means; None if nothing went wrong."""
+    failure = classify(error)
+    return None if failure.outcome == "ok" else failure
+
+
+def finish_raised(operation: Operation, error: BaseException) -> None:
+    """Leave and settle an operation that `error` ended."""
+    operation.leave()
+    if isinstance(error, GeneratorExit):
+        # A coroutine that is closed; perhaps by a finaliser, where no lock may be taken.
+        operation.settle_later(CANCELLED)
+    else:
+        operation.settle(failure_of(error), error)
+
+
+class OperationBlock:
+    """What `operation(...)` returns: a context manager, sync and async, usable once."""
+
+    def __init__(
+        self, site: CallSite, context: Context | None, links: Sequence[Link] | None
+    ) -> None:
+        self._site = site
+        self._parent = context
+        self._links = links
+        self._operation: Operation | None = None
+
+    def __enter__(self) -> Operation:
+        if self._operation is not None:
+            raise RuntimeError("an operation block is entered once: call operation(...) again")
+        self._operation = operation = self._site.prepare(parent=self._parent, links=self._links)
+        operation.enter()
+        return operation
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        operation = self._operation
+        if operation is None:
+            return
+        if exc is None:
+            operation.finish()
+        else:
+            finish_raised(operation, exc)
+
+    async def __aenter__(self) -> Operation:
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.__exit__(exc_type, exc, traceback)
+
+
+def operation(
+    name: str,
+    *,
+    feed: str | None = None,
+    breaker: str | None = None,
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Mapping[str, AttributeValue] | None = None,
+    links: Sequence[Link | SpanContext] | None = None,
+    context: Context | None = None,
+) -> OperationBlock:
+    """Monitor a block of code as one ingest operation; for `with` and `async with`.
+
+    Args:
+        name: The operation's name; one of a few fixed ones, since it is a label.
+        feed: The feed's name; by default that of the enclosing operation.
+        breaker: The name of the breaker of what the block calls; put on the span.
+        kind: The span's kind; INTERNAL by default.
+        attributes: Further attributes of the span.
+        links: Spans of other traces that led to this one.
+        context: The OpenTelemetry context to begin in; the current one by default.
+
+    Returns:
+        A context manager that gives the `Operation`.
+
+    Example:
+        >>> with operation("store", feed="urlhaus") as op:
+        ...     op.ingested(database.insert(op.track(rows)))
+    """
+    site = CallSite(name, feed=feed, breaker=breaker, kind=kind, attributes=attributes)
+    made = None if links is None else [_link(one) for one in links]
+    return OperationBlock(site, context, made)
+
+
+def _link(link: Link | SpanContext) -> Link:
+    return link if isinstance(link, Link) else Link(link)

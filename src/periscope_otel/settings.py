@@ -1,0 +1,229 @@
+"""Typed settings: a keyword of `configure()` wins over `PERISCOPE_*`, which wins over the default.
+
+What OpenTelemetry has a standard variable for is not repeated here: all `OTEL_*` keep their
+meaning.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from periscope_otel import guard
+from periscope_otel.redaction import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+PREFIX = "PERISCOPE_"
+DEFAULT_PROMETHEUS = "127.0.0.1:9464"
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("", "0", "false", "no", "off", "none")
+
+
+class SettingsError(ValueError):
+    """A setting has a value that it cannot have; the message names it, the value and what fits."""
+
+
+class Address(NamedTuple):
+    """Where to listen."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Setting(NamedTuple):
+    """One setting: how it is read and what it means."""
+
+    name: str
+    default: Any
+    read: Callable[[Any], Any]
+    expected: str
+    description: str
+
+    @property
+    def variable(self) -> str:
+        """The environment variable that sets it."""
+        return PREFIX + self.name.upper()
+
+
+class Settings(NamedTuple):
+    """All settings, read and checked."""
+
+    service_name: str | None
+    otlp_endpoint: str | None
+    otlp_protocol: str | None
+    prometheus: Address | None
+    label_limit: int
+    shutdown_timeout: float
+    exit_report: str
+
+
+def _text(value: Any) -> str | None:
+    if not isinstance(value, str):
+        raise TypeError
+    return value.strip() or None
+
+
+def _endpoint(value: Any) -> str | None:
+    text = _text(value)
+    if text is None:
+        return None
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError
+    _ = parts.port  # raises where it is no number
+    return text
+
+
+def _one_of(*choices: str) -> Callable[[Any], str | None]:
+    def read(value: Any) -> str | None:
+        text = _text(value)
+        if text is not None and text.lower() not in choices:
+            raise ValueError
+        return None if text is None else text.lower()
+
+    return read
+
+
+def _whole_number(low: int, high: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        number = int(value) if isinstance(value, str) else value
+        if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+            raise ValueError
+        return number
+
+    return read
+
+
+def _seconds(low: float, high: float) -> Callable[[Any], float]:
+    def read(value: Any) -> float:
+        if isinstance(value, bool):
+            raise TypeError
+        seconds = float(value)
+        if not low <= seconds <= high:  # false for NaN too
+            raise ValueError
+        return seconds
+
+    return read
+
+
+def _address(value: Any) -> Address | None:
+    if value is True or (isinstance(value, str) and value.strip().lower() in _TRUE):
+        value = DEFAULT_PROMETHEUS
+    if value is False or (isinstance(value, str) and value.strip().lower() in _FALSE):
+        return None
+    parts = urlsplit(f"//{value.strip()}") if isinstance(value, str) else None
+    if parts is None or parts.port is None or parts.path or parts.username:
+        raise ValueError
+    return Address(parts.hostname or "127.0.0.1", parts.port)
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("service_name", None, _text, "a text", "`service.name`; else `OTEL_SERVICE_NAME`."),
+    Setting(
+        "otlp_endpoint",
+        None,
+        _endpoint,
+        "a URL such as http://localhost:4318",
+        "Where OTLP goes; else `OTEL_EXPORTER_OTLP_ENDPOINT`, else nowhere.",
+    ),
+    Setting(
+        "otlp_protocol",
+        None,
+        _one_of("grpc", "http/protobuf"),
+        "grpc or http/protobuf",
+        "Else `OTEL_EXPORTER_OTLP_PROTOCOL`; else gRPC on port 4317 and HTTP elsewhere.",
+    ),
+    Setting(
+        "prometheus",
+        None,
+        _address,
+        "true, false or an address such as 127.0.0.1:9464",
+        "Where `/metrics` listens; `true` is 127.0.0.1:9464. Off by default.",
+    ),
+    Setting(
+        "label_limit",
+        1500,
+        _whole_number(1, 1500),
+        "a whole number from 1 to 1500",
+        "Label sets of one instrument before further values become `other`.",
+    ),
+    Setting(
+        "shutdown_timeout",
+        5.0,
+        _seconds(0.0, 3600.0),
+        "seconds from 0 to 3600",
+        "Time at the end of the process in which everything is flushed.",
+    ),
+    Setting(
+        "exit_report",
+        "always",
+        _one_of("always", "loss", "never"),
+        "always, loss or never",
+        "When the end of the process says in one line what was exported: `loss` only if something "
+        "was not.",
+    ),
+)
+
+
+def load(keywords: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Settings:
+    """Read all settings.
+
+    Args:
+        keywords: What `configure()` was given; None means not given.
+        environment: `os.environ` by default.
+
+    Raises:
+        SettingsError: If a value does not fit; the first one found.
+
+    Example:
+        >>> load({"prometheus": True}, {}).prometheus.port
+        9464
+    """
+    environment = os.environ if environment is None else environment
+    _warn_of_unknown(environment)
+    return Settings(**{one.name: _value_of(one, keywords, environment) for one in SETTINGS})
+
+
+def _value_of(setting: Setting, keywords: Mapping[str, Any], environment: Mapping[str, str]) -> Any:
+    given = keywords.get(setting.name)
+    if given is not None:
+        return _read(setting, setting.name, given)
+    text = environment.get(setting.variable)
+    if text is not None and text.strip():
+        return _read(setting, setting.variable, text)
+    return setting.default
+
+
+def _read(setting: Setting, source: str, value: Any) -> Any:
+    try:
+        return setting.read(value)
+    except (TypeError, ValueError):
+        shown = redact(repr(value), 80)
+        raise SettingsError(f"{source}={shown}: expected {setting.expected}") from None
+
+
+def _warn_of_unknown(environment: Mapping[str, str]) -> None:
+    known = [setting.variable for setting in SETTINGS]
+    for variable in environment:
+        if variable.startswith(PREFIX) and variable not in known:
+            near = difflib.get_close_matches(variable, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            guard.warn(
+                f"variable {variable}", "%s is no setting of periscope-otel%s", variable, hint
+            )
+
+
+def differences(one: Settings, other: Settings) -> list[str]:
+    """Return what differs between two settings, as `name: old -> new`."""
+    return [
+        f"{name}: {redact(str(old))} -> {redact(str(new))}"
+        for name, old, new in zip(Settings._fields, one, other, strict=True)
+        if old != new
+    ]

@@ -1,0 +1,1 @@
+"""What operations emit, and the pipeline that carries it."""

@@ -1,0 +1,104 @@
+"""Every name the plugin emits, with its unit and description: the one table.
+
+Names follow the OpenTelemetry naming rules (lower case, dots between namespaces, UCUM units);
+`error.type` and the `exception.*` event are taken from the semantic conventions as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+SCOPE: Final = "periscope_otel"
+SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.44.0"
+
+# Attributes of spans and metrics.
+OPERATION_NAME: Final = "threat.ingest.operation.name"
+FEED_NAME: Final = "threat.feed.name"
+OUTCOME: Final = "threat.ingest.outcome"
+ERROR_TYPE: Final = "error.type"
+BREAKER_NAME: Final = "circuit_breaker.name"
+ITEM_OUTCOME: Final = "threat.ingest.item.outcome"
+SKIP_REASON: Final = "threat.ingest.skip.reason"
+
+# Attributes of spans alone.
+ITEMS_RECEIVED: Final = "threat.ingest.items.received"
+ITEMS_CONVERTED: Final = "threat.ingest.items.converted"
+ITEMS_INGESTED: Final = "threat.ingest.items.ingested"
+ITEMS_SKIPPED: Final = "threat.ingest.items.skipped"
+ITEMS_FAILED: Final = "threat.ingest.items.failed"
+ITEMS_UNACCOUNTED: Final = "threat.ingest.items.unaccounted"
+ITEMS_EXCESS: Final = "threat.ingest.items.excess"
+CONSUMER_DURATION: Final = "threat.ingest.consumer.duration"
+
+# The exception event of the semantic conventions, and ours for an item that failed.
+EXCEPTION_EVENT: Final = "exception"
+EXCEPTION_TYPE: Final = "exception.type"
+EXCEPTION_MESSAGE: Final = "exception.message"
+EXCEPTION_STACKTRACE: Final = "exception.stacktrace"
+ITEM_FAILED_EVENT: Final = "threat.ingest.item.failed"
+
+# Attributes of the plugin's own metrics.
+COMPONENT: Final = "periscope.component"
+SIGNAL: Final = "periscope.signal"
+EXPORT_OUTCOME: Final = "periscope.export.outcome"
+
+OTHER: Final = "other"
+"""What a label value becomes when its instrument has reached its limit of label sets."""
+
+
+class Metric(NamedTuple):
+    """A metric's name, UCUM unit and description."""
+
+    name: str
+    unit: str
+    description: str
+
+
+DURATION: Final = Metric(
+    "threat.ingest.operation.duration",
+    "s",
+    "Duration of ingest operations; its count is the number of operations.",
+)
+ACTIVE: Final = Metric(
+    "threat.ingest.operation.active",
+    "{operation}",
+    "Ingest operations that have begun and not yet settled.",
+)
+RECEIVED: Final = Metric(
+    "threat.ingest.items.received", "{item}", "Items that ingest operations received."
+)
+CONVERTED: Final = Metric(
+    "threat.ingest.items.converted", "{item}", "Items that ingest operations converted."
+)
+SETTLED: Final = Metric(
+    "threat.ingest.items.settled",
+    "{item}",
+    "What became of received items: ingested, skipped, failed or unaccounted.",
+)
+LAST_SUCCESS: Final = Metric(
+    "threat.ingest.feed.last_success.time",
+    "s",
+    "Unix time at which an operation of the feed last succeeded, wholly or in part.",
+)
+LAST_ITEM: Final = Metric(
+    "threat.ingest.feed.last_item.time",
+    "s",
+    "Unix time at which the feed last delivered at least one item.",
+)
+INTERNAL_ERRORS: Final = Metric(
+    "periscope.internal_errors", "{error}", "Errors of the plugin itself, contained by it."
+)
+EXPORT_ITEMS: Final = Metric(
+    "periscope.export.items",
+    "{item}",
+    "Spans and metric points by signal and what became of them: exported, failed or dropped.",
+)
+
+DURATION_BOUNDARIES: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5,
+    1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+)  # fmt: skip
+"""Bucket boundaries in seconds: one item's conversion up to a ten-minute bulk pull.
+
+All are floats: the Prometheus exporter prints an int boundary as `le="1"`, a float as `le="1.0"`.
+"""

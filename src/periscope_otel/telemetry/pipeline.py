@@ -1,0 +1,171 @@
+"""The providers that `configure()` builds, and how telemetry leaves them.
+
+Given or global providers are used as they are. What is missing is built here: a TracerProvider
+with a counted batch processor for each destination, a MeterProvider with our own readers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+
+from periscope_otel.redaction import redact
+from periscope_otel.telemetry.export import CountedSpanProcessor, ExportAccount
+from periscope_otel.telemetry.reader import ExportingReader
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opentelemetry.sdk.metrics.export import MetricReader
+    from opentelemetry.util.types import AttributeValue
+
+GRPC = "grpc"
+HTTP = "http/protobuf"
+_GRPC_PORT = 4317
+
+
+class Destination(NamedTuple):
+    """One exporter of one signal."""
+
+    name: str
+    make: Callable[[], Any]
+
+
+def resource_of(service_name: str | None) -> Resource:
+    """Return the resource that telemetry is about: service, host and process.
+
+    The command line is left out, unlike in the SDK's own process detector: it may hold secrets.
+    OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME count; an explicit service name wins.
+    """
+    known = Resource.create().attributes
+    facts: dict[str, AttributeValue] = {
+        "host.name": socket.gethostname(),
+        "process.pid": os.getpid(),
+        "process.executable.name": os.path.basename(sys.executable or "python"),  # noqa: PTH119
+        "process.runtime.name": sys.implementation.name,
+        "process.runtime.version": platform.python_version(),
+    }
+    facts = {name: value for name, value in facts.items() if name not in known}
+    if service_name is not None:
+        facts["service.name"] = service_name
+    return Resource.create(facts)
+
+
+def resource_after_fork(inherited: Resource) -> Resource:
+    """Return the resource of a forked child: the parent's, with its own process and instance."""
+    own = resource_of(None).attributes
+    mine = {name: own[name] for name in ("process.pid", "service.instance.id") if name in own}
+    return inherited.merge(Resource(mine))
+
+
+def destinations(signal: str, endpoint: str | None, protocol: str | None) -> list[Destination]:
+    """Return where a signal goes; nowhere unless an argument or the environment says so.
+
+    Args:
+        signal: `traces` or `metrics`.
+        endpoint: The OTLP base URL given by argument or setting; wins over the environment.
+        protocol: `grpc` or `http/protobuf`; by default OTEL_EXPORTER_OTLP_PROTOCOL, then gRPC on
+            port 4317 and HTTP elsewhere.
+    """
+    if endpoint is not None:
+        return [_otlp(signal, endpoint, protocol or _protocol_of(signal, endpoint))]
+    named = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER")
+    if named is None:
+        configured = _endpoint_in_environment(signal)
+        if configured is None:
+            return []
+        return [_otlp(signal, None, protocol or _protocol_of(signal, configured))]
+    found = [name.strip() for name in named.split(",")]
+    return [_by_name(signal, name, protocol) for name in found if name not in ("", "none")]
+
+
+def _endpoint_in_environment(signal: str) -> str | None:
+    return os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_ENDPOINT") or os.environ.get(
+        "OTEL_EXPORTER_OTLP_ENDPOINT"
+    )
+
+
+def _protocol_of(signal: str, endpoint: str) -> str:
+    named = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL") or os.environ.get(
+        "OTEL_EXPORTER_OTLP_PROTOCOL"
+    )
+    return named or (GRPC if urlsplit(endpoint).port == _GRPC_PORT else HTTP)
+
+
+def _otlp(signal: str, endpoint: str | None, protocol: str) -> Destination:
+    """Return an OTLP destination; without `endpoint` the exporter reads the environment itself."""
+    shown = redact(endpoint or _endpoint_in_environment(signal) or "the default OTLP endpoint")
+    if protocol == GRPC:
+        return Destination(shown, lambda: _grpc_exporter(signal, endpoint))
+    url = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/{signal}"
+    return Destination(shown, lambda: _http_exporter(signal, url))
+
+
+def _grpc_exporter(signal: str, endpoint: str | None) -> Any:
+    from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    return (OTLPSpanExporter if signal == "traces" else OTLPMetricExporter)(endpoint=endpoint)
+
+
+def _http_exporter(signal: str, url: str | None) -> Any:
+    from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return (OTLPSpanExporter if signal == "traces" else OTLPMetricExporter)(endpoint=url)
+
+
+def _by_name(signal: str, name: str, protocol: str | None) -> Destination:
+    """Return the exporter that OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER names."""
+    if name == "otlp":
+        endpoint = _endpoint_in_environment(signal)
+        # Without an endpoint the meaning of plain `otlp` in Python is gRPC to localhost:4317.
+        chosen = protocol or (_protocol_of(signal, endpoint) if endpoint else GRPC)
+        return _otlp(signal, None, chosen)
+    found = list(entry_points(group=f"opentelemetry_{signal}_exporter", name=name))
+    if not found:
+        raise ValueError(f"OTEL_{signal.upper()}_EXPORTER={name}: no such exporter is installed")
+    return Destination(name, found[0].load())
+
+
+def span_processors(wanted: Sequence[Destination]) -> list[CountedSpanProcessor]:
+    """Return a counted batch processor for each destination."""
+    return [CountedSpanProcessor(to.make, ExportAccount("spans", to.name)) for to in wanted]
+
+
+def build_tracer_provider(
+    resource: Resource, processors: Sequence[CountedSpanProcessor]
+) -> TracerProvider:
+    """Return a TracerProvider; its end is ours to bound, so it does not register one."""
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    for processor in processors:
+        provider.add_span_processor(processor)
+    return provider
+
+
+def build_meter_provider(resource: Resource, readers: Sequence[MetricReader]) -> MeterProvider:
+    """Return a MeterProvider; its end is ours to bound, so it does not register one."""
+    return MeterProvider(metric_readers=readers, resource=resource, shutdown_on_exit=False)
+
+
+def metric_readers(wanted: Sequence[Destination]) -> list[MetricReader]:
+    """Return a reader for each destination; one that is a reader by itself is used as it is."""
+    from opentelemetry.sdk.metrics.export import MetricReader
+
+    readers: list[MetricReader] = []
+    for to in wanted:
+        made = to.make()
+        if isinstance(made, MetricReader):
+            readers.append(made)
+        else:
+            readers.append(ExportingReader(made, ExportAccount("metrics", to.name)))
+    return readers

@@ -1,0 +1,25 @@
+"""Metrics in the Prometheus text format, made when they are asked for."""
+
+from __future__ import annotations
+
+from opentelemetry.exporter.prometheus import PrometheusMetricReader
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+
+from periscope_otel.server import Page
+
+
+class PrometheusPage:
+    """A metric reader and the page that shows what it reads.
+
+    A registry of its own keeps the application's `prometheus_client` metrics where they are.
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.reader = PrometheusMetricReader(registry=self._registry)
+
+    def __call__(self, accept: str) -> Page:
+        """Collect, and return the page in the format that the client accepts."""
+        encode, content_type = choose_encoder(accept)
+        return Page(encode(self._registry), content_type)

@@ -1,0 +1,120 @@
+"""Our own metric reader: collects and exports from one thread, on a beat or when asked.
+
+The SDK's periodic reader restarts its thread in a forked child and there exports the parent's
+totals once more, and its flush has no bound. This one does neither: a child gets a new one with a
+new provider, and a flush is a request to the thread with a wait that ends in time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
+from opentelemetry.context import attach, detach, set_value
+from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, MetricsData
+
+from periscope_otel import guard
+
+if TYPE_CHECKING:
+    from periscope_otel.telemetry.export import ExportAccount
+
+DEFAULT_INTERVAL = 60.0
+"""Seconds between two exports where OTEL_METRIC_EXPORT_INTERVAL says nothing else."""
+
+
+class ExportingReader(MetricReader):
+    """Collects every `interval` seconds and hands the result to an exporter.
+
+    Args:
+        exporter: Where metrics go; its preferred temporality and aggregation are kept.
+        account: Counts what was exported and what was not.
+        interval: Seconds; by default OTEL_METRIC_EXPORT_INTERVAL (milliseconds), else 60.
+    """
+
+    def __init__(
+        self, exporter: MetricExporter, account: ExportAccount, interval: float | None = None
+    ) -> None:
+        super().__init__(
+            preferred_temporality=getattr(exporter, "_preferred_temporality", None),
+            preferred_aggregation=getattr(exporter, "_preferred_aggregation", None),
+        )
+        self._exporter = exporter
+        self.account = account
+        self._interval = interval or _interval_from_environment()
+        self._wake = threading.Condition()
+        self._asked = 0
+        self._done = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="periscope-metrics", daemon=True)
+        self._thread.start()
+
+    def start_flush(self) -> None:
+        """Ask for a collect and export, without waiting for it."""
+        with self._wake:
+            self._asked += 1
+            self._wake.notify_all()
+
+    def wait_flushed(self, timeout: float) -> bool:
+        """Wait for the export asked for last; returns whether it ended within `timeout` seconds."""
+        with self._wake:
+            asked = self._asked
+            return self._wake.wait_for(lambda: self._done >= asked, timeout)
+
+    def force_flush(self, timeout_millis: float = 10_000) -> bool:
+        """Collect and export now, waiting `timeout_millis` at most; for the provider."""
+        self.start_flush()
+        return self.wait_flushed(timeout_millis / 1e3)
+
+    def shutdown(self, timeout_millis: float = 30_000, **_kwargs: Any) -> None:
+        """End the thread after what it is doing; nothing more is exported."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify_all()
+        self._exporter.shutdown(timeout_millis=timeout_millis)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                self._wake.wait_for(
+                    lambda: self._stopping or self._asked > self._done, self._interval
+                )
+                if self._stopping:
+                    return
+                asked = self._asked
+            with guard.contained("metric export"):
+                self.collect()
+            with self._wake:
+                self._done = asked
+                self._wake.notify_all()
+
+    def _receive_metrics(
+        self, metrics_data: MetricsData, timeout_millis: float = 10_000, **_kwargs: Any
+    ) -> None:
+        points = _points_in(metrics_data)
+        token = attach(set_value(SUPPRESS_KEY, True))
+        try:
+            result = self._exporter.export(metrics_data, timeout_millis=timeout_millis)
+            self.account.add(exported=result.name == "SUCCESS", count=points)
+        except Exception as error:  # noqa: BLE001  (an exporter must not end the thread)
+            self.account.add(exported=False, count=points)
+            guard.warn("metric exporter", "exporting metrics raised %r", error)
+        finally:
+            detach(token)
+
+
+def _points_in(metrics_data: MetricsData) -> int:
+    return sum(
+        len(metric.data.data_points)
+        for resource in metrics_data.resource_metrics
+        for scope in resource.scope_metrics
+        for metric in scope.metrics
+    )
+
+
+def _interval_from_environment() -> float:
+    try:
+        return float(os.environ.get("OTEL_METRIC_EXPORT_INTERVAL", "")) / 1e3 or DEFAULT_INTERVAL
+    except ValueError:
+        return DEFAULT_INTERVAL

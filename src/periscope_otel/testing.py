@@ -1,0 +1,233 @@
+"""Help for users' own tests: what operations emitted, in isolation from global providers.
+
+Example:
+    >>> with capture_telemetry() as captured:
+    ...     ingest(bundle)
+    >>> captured.operation("store").outcome
+    'ok'
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+from periscope_otel.items import ItemAccount
+from periscope_otel.telemetry import names
+from periscope_otel.telemetry.current import current, telemetry_on
+from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from opentelemetry.sdk.metrics.export import Metric
+    from opentelemetry.sdk.trace import Event, ReadableSpan
+    from opentelemetry.sdk.trace.sampling import Sampler
+
+__all__ = ["CapturedOperation", "CapturedTelemetry", "capture_telemetry"]
+
+_WAIT = 10.0
+"""Seconds to wait at most for what finalisers have handed to the worker."""
+
+
+class CapturedOperation:
+    """One settled operation, as its span tells it."""
+
+    def __init__(self, span: ReadableSpan) -> None:
+        self.span = span
+
+    def __repr__(self) -> str:
+        return f"<CapturedOperation {self.name!r} feed={self.feed!r} {self.outcome}>"
+
+    @property
+    def attributes(self) -> Mapping[str, Any]:
+        """All attributes of the span."""
+        return self.span.attributes or {}
+
+    @property
+    def name(self) -> str:
+        """The operation's name."""
+        return str(self.attributes[names.OPERATION_NAME])
+
+    @property
+    def feed(self) -> str | None:
+        """The feed's name."""
+        return self.attributes.get(names.FEED_NAME)
+
+    @property
+    def outcome(self) -> str:
+        """`ok`, `error`, `timeout`, `cancelled`, `rejected` or `partial`."""
+        return str(self.attributes[names.OUTCOME])
+
+    @property
+    def error_type(self) -> str | None:
+        """The failure's `error.type`; None on success."""
+        return self.attributes.get(names.ERROR_TYPE)
+
+    @property
+    def exceptions(self) -> list[Event]:
+        """The exceptions recorded in this very span."""
+        return [event for event in self.span.events if event.name == names.EXCEPTION_EVENT]
+
+    @property
+    def items(self) -> ItemAccount:
+        """How the operation's items add up."""
+        read = self.attributes.get
+        return ItemAccount(
+            received=read(names.ITEMS_RECEIVED, 0),
+            converted=read(names.ITEMS_CONVERTED, 0),
+            ingested=read(names.ITEMS_INGESTED, 0),
+            skipped=read(names.ITEMS_SKIPPED, 0),
+            failed=read(names.ITEMS_FAILED, 0),
+            unaccounted=read(names.ITEMS_UNACCOUNTED, 0),
+            excess=read(names.ITEMS_EXCESS, 0),
+        )
+
+    def is_child_of(self, other: CapturedOperation) -> bool:
+        """Whether this operation's span is a direct child of the other's."""
+        parent, context = self.span.parent, other.span.context
+        return parent is not None and context is not None and parent.span_id == context.span_id
+
+
+class CapturedTelemetry:
+    """What was emitted while it was captured."""
+
+    def __init__(self, exporter: InMemorySpanExporter, reader: InMemoryMetricReader) -> None:
+        self._exporter = exporter
+        self._reader = reader
+
+    @property
+    def spans(self) -> list[ReadableSpan]:
+        """All spans that have ended, in the order in which they did."""
+        worker.finish_posted(_WAIT)
+        return list(self._exporter.get_finished_spans())
+
+    def operations(self, name: str | None = None) -> list[CapturedOperation]:
+        """Return the settled operations, in the order in which they settled.
+
+        Args:
+            name: Only those of this name; by default all.
+        """
+        found = [
+            CapturedOperation(span)
+            for span in self.spans
+            if names.OPERATION_NAME in (span.attributes or {})
+        ]
+        return [one for one in found if name is None or one.name == name]
+
+    def operation(self, name: str) -> CapturedOperation:
+        """Return the one settled operation of this name.
+
+        Raises:
+            AssertionError: If there is none or more than one; the message says what there is.
+        """
+        found = self.operations(name)
+        if len(found) != 1:
+            seen = [one.name for one in self.operations()]
+            raise AssertionError(f"{len(found)} operations {name!r} have settled; settled: {seen}")
+        return found[0]
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a metric's value, summed over the label sets that match.
+
+        For a histogram that is its count: how many operations there were.
+
+        Args:
+            name: The metric's name, such as `"threat.ingest.items.received"`.
+            labels: The label sets to take: those with these values. A label is named by its last
+                part or more, with `_` for dots: `outcome="ok"`, `feed_name="urlhaus"`.
+        """
+        return sum(
+            _value_of(point)
+            for metric in self._metrics()
+            if metric.name == name
+            for point in metric.data.data_points
+            if _matches(point.attributes or {}, labels)
+        )
+
+    def label_sets(self, name: str) -> list[dict[str, Any]]:
+        """Return the label sets that a metric has."""
+        return [
+            dict(point.attributes or {})
+            for metric in self._metrics()
+            if metric.name == name
+            for point in metric.data.data_points
+        ]
+
+    def items(self, **labels: str) -> ItemAccount:
+        """Return how the items of all operations add up in the metrics.
+
+        Args:
+            labels: As for `metric`.
+        """
+        settled = {
+            outcome: int(self.metric(names.SETTLED.name, item_outcome=outcome, **labels))
+            for outcome in ("ingested", "skipped", "failed", "unaccounted")
+        }
+        received = int(self.metric(names.RECEIVED.name, **labels))
+        return ItemAccount(
+            received=received,
+            converted=int(self.metric(names.CONVERTED.name, **labels)),
+            excess=max(0, sum(settled.values()) - received),
+            **settled,
+        )
+
+    def _metrics(self) -> list[Metric]:
+        worker.finish_posted(_WAIT)
+        data = self._reader.get_metrics_data()
+        if data is None:
+            return []
+        return [
+            metric
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+        ]
+
+
+def _value_of(point: Any) -> float:
+    return float(point.count if hasattr(point, "count") else point.value)
+
+
+def _matches(attributes: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    return all(
+        any(f".{name.replace('.', '_')}".endswith((f".{label}", f"_{label}")) and value == wanted
+            for name, value in attributes.items())
+        for label, wanted in labels.items()
+    )  # fmt: skip
+
+
+@contextmanager
+def capture_telemetry(
+    *, clock: Callable[[], float] = time.perf_counter, sampler: Sampler = ALWAYS_ON
+) -> Iterator[CapturedTelemetry]:
+    """Capture what operations emit in the block, with providers of its own.
+
+    Global providers see nothing of it, and it sees nothing of them. It is for one test at a time:
+    operations of other threads are captured too.
+
+    Args:
+        clock: Monotonic seconds for durations; give one of your own to test them.
+        sampler: Decides which spans are recorded; all by default.
+    """
+    exporter, reader = InMemorySpanExporter(), InMemoryMetricReader()
+    tracer_provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
+    tracer_provider.add_span_processor(SimpleSpanProcessor(exporter))
+    meter_provider = MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
+    before = current.telemetry
+    current.telemetry = telemetry_on(tracer_provider, meter_provider, clock=clock)
+    try:
+        yield CapturedTelemetry(exporter, reader)
+    finally:
+        current.telemetry = before
+        worker.finish_posted(_WAIT)
+        tracer_provider.shutdown()
+        meter_provider.shutdown()
