@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,3 +29,15 @@ def telemetry_is_left_as_it_was() -> Iterator[None]:
     before = current.telemetry
     yield
     assert current.telemetry is before
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Let no test be skipped in continuous integration: what is missing there is a failure."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("CI") != "true" or reporter is None:
+        return
+    skipped = reporter.stats.get("skipped", [])
+    if skipped:
+        reporter.write_line(f"{len(skipped)} tests were skipped under CI=true", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -221,7 +221,8 @@ _RULES: Final[tuple[tuple[tuple[str, ...], str], ...]] = (
     (
         ("basic",),
         rf"""(?P<keep> (?<![\w-]) basic (?: [^\S\n]++ | %20 ) {_NO_NAME} )
-            (?-i: (?= [A-Za-z0-9+/]{{0,256}}? (?: \d | = ) | (?: [A-Za-z]{{0,32}}?[a-z][A-Z] ){{2}} )
+            (?-i: (?= [A-Za-z0-9+/]{{0,256}}? (?: \d | = )
+                | (?: [A-Za-z]{{0,32}}?[a-z][A-Z] ){{2}} )
             [A-Za-z0-9+/]{{8,}}+ =*+ (?!\w) )""",
     ),
     # Arguments of requests and its like: auth=('user', 'password'), cookies={'sid': '...'}; and

@@ -3,7 +3,7 @@
 import unicodedata
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from periscope_otel import redaction
@@ -539,6 +539,7 @@ ANY_TEXT = st.one_of(
 )
 
 
+@settings(deadline=None)  # the first example compiles the rules
 @given(text=ANY_TEXT, limit=st.integers(-1, 300))
 @example(text="password=…", limit=12)
 def test_result_is_bounded_stable_and_harmless(text: str, limit: int) -> None:
@@ -594,6 +595,7 @@ TEMPLATES = [
 ]
 
 
+@settings(deadline=None)  # the first example compiles the rules
 @given(
     template=st.sampled_from(TEMPLATES),
     left=st.text(st.characters(codec=None, exclude_categories=())),
@@ -757,6 +759,7 @@ def test_clean_name_returns_a_plain_name_itself() -> None:
     assert clean_name(plain) is plain
 
 
+@settings(deadline=None)  # the first example compiles the rules
 @given(text=ANY_TEXT, limit=st.integers(-1, 40))
 def test_clean_name_is_bounded_stable_and_one_line(text: str, limit: int) -> None:
     """Whatever the value: its name is bounded, settled, encodable and a single line."""
