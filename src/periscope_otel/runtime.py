@@ -264,6 +264,8 @@ class Runtime:
         closers += [processor.shutdown for processor in self._processors]
         for close in closers:
             _run_until(deadline, close)
+        for thread in self._flush_threads:
+            thread.stop()
 
     def _say(self, report: ExportReport) -> None:
         wanted = self.settings.exit_report

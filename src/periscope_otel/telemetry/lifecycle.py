@@ -1,8 +1,8 @@
 """How a process ends and how it forks: everything is flushed together, within one bounded time.
 
 Parts register what they can flush and what a fork does to them. The end may be a normal exit, an
-unhandled exception, SIGINT (all by `atexit`), SIGTERM (by a handler that hands over to the
-worker's thread), or the end of a multiprocessing child, which runs no `atexit` functions.
+unhandled exception, SIGINT (all by `atexit`), SIGTERM (by a handler that hands over to a
+thread), or the end of a multiprocessing child, which runs no `atexit` functions.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ import signal
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from periscope_otel import guard
-from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -52,7 +51,7 @@ class FlushThread:
 
         It starts before it is needed: at the end of the interpreter no thread can be started.
         """
-        self._requests: queue.SimpleQueue[threading.Event] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[threading.Event | None] = queue.SimpleQueue()
         self._latest = threading.Event()
         threading.Thread(target=self._run, name=self._name, daemon=True).start()
 
@@ -65,9 +64,12 @@ class FlushThread:
         """Wait for the flush asked for last."""
         return self._latest.wait(timeout)
 
+    def stop(self) -> None:
+        """End the thread after what it is doing."""
+        self._requests.put(None)
+
     def _run(self) -> None:
-        while True:
-            request = self._requests.get()
+        while (request := self._requests.get()) is not None:
             with guard.contained("flush"):
                 self._flush()
             request.set()
@@ -100,7 +102,7 @@ class ExitHooks:
 
     def __init__(self, at_end: Callable[[str], None]) -> None:
         self._at_end = at_end
-        self._installed_handler: Any = None
+        self._sigterms: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def install(self) -> None:
         """Register for every kind of end that can be had in this process."""
@@ -112,6 +114,7 @@ class ExitHooks:
         """Undo `install`."""
         atexit.unregister(self._exit)
         self.restore_signal_handler()
+        self._sigterms.put(False)
 
     def watch_multiprocessing(self) -> None:
         """Be told when this process ends, if it is a multiprocessing child."""
@@ -131,7 +134,8 @@ class ExitHooks:
             return
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
-        worker.start()
+        self._sigterms = queue.SimpleQueue()
+        threading.Thread(target=self._wait_for_sigterm, name="periscope-exit", daemon=True).start()
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def restore_signal_handler(self) -> None:
@@ -141,12 +145,15 @@ class ExitHooks:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _on_sigterm(self, _number: int, _frame: object) -> None:
-        # The interrupted code may hold any lock, so nothing is flushed here; the worker's thread
-        # does it and sends the signal again, so that the exit status is still "killed by SIGTERM".
+        # The interrupted code may hold any lock, so nothing is flushed here: a thread that waits
+        # for this does it and sends the signal again, so that the exit status is still "killed by
+        # SIGTERM". The queue's put is reentrant by design.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        worker.post(self._end_by_sigterm)
+        self._sigterms.put(True)
 
-    def _end_by_sigterm(self) -> None:
+    def _wait_for_sigterm(self) -> None:
+        if not self._sigterms.get():
+            return
         try:
             self._at_end("SIGTERM")
         finally:

@@ -40,6 +40,24 @@ class Destination(NamedTuple):
     make: Callable[[], Any]
 
 
+class _HashedResource(Resource):
+    """A resource that computes its hash once.
+
+    The OTLP encoder groups spans by resource, and the SDK's own hash is a JSON dump for each span:
+    a fifth of what encoding costs.
+    """
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or super().__eq__(other)
+
+
 def resource_of(service_name: str | None) -> Resource:
     """Return the resource that telemetry is about: service, host and process.
 
@@ -57,7 +75,8 @@ def resource_of(service_name: str | None) -> Resource:
     facts = {name: value for name, value in facts.items() if name not in known}
     if service_name is not None:
         facts["service.name"] = service_name
-    return Resource.create(facts)
+    made = Resource.create(facts)
+    return _HashedResource(made.attributes, made.schema_url)
 
 
 def resource_after_fork(inherited: Resource) -> Resource:
