@@ -146,6 +146,11 @@ class Instruments:
         with self._items_lock:
             self._items_settled[labels] = self._items_settled.get(labels, 0) + count
 
+    def item_counts(self) -> tuple[dict[Series, int], dict[Series, int], dict[LabelSet, int]]:
+        """Return copies of the item tables: received, converted, and settled by label set."""
+        with self._items_lock:
+            return dict(self._received), dict(self._converted), dict(self._items_settled)
+
     def listen(self, listener: Callable[[Settled], None]) -> Callable[[], None]:
         """Call `listener` with every settled operation from now on, where the drain runs.
 
