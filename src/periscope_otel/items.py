@@ -12,7 +12,7 @@ import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 from periscope_otel import guard
-from periscope_otel.redaction import clean_name
+from periscope_otel.telemetry.attributes import clean_label
 
 if TYPE_CHECKING:
     from periscope_otel.telemetry.instruments import Instruments
@@ -22,6 +22,9 @@ INGESTED = "ingested"
 SKIPPED = "skipped"
 FAILED = "failed"
 UNACCOUNTED = "unaccounted"
+
+MOST_ITEMS = 10**12
+"""Items that one call may count: a larger number is a mistake, and metrics are 64 bits wide."""
 
 
 class ItemAccount(NamedTuple):
@@ -134,19 +137,30 @@ class ItemLedger:
 
     def _emit_settled(self, outcome: str, count: int, reason: str | None) -> None:
         if count and self._instruments is not None and self._series is not None:
-            reason = None if reason is None else clean_name(reason)
+            reason = None if reason is None else clean_label(reason) or None
             self._instruments.settle_items(self._series, outcome, count, reason)
+
+
+CLOSED_LEDGER = ItemLedger(None, None)
+"""Stands for the ledger of operations that settled without one: what comes later is refused."""
+CLOSED_LEDGER.close()
 
 
 def _checked(count: int, what: str) -> int:
     """Return `count` if it is a number of items, else 0: counting must not break an ingest."""
     try:
         number = operator.index(count)
-    except TypeError:
+    except Exception:  # noqa: BLE001  (any object may have been passed)
         number = -1
-    if number >= 0:
+    if 0 <= number <= MOST_ITEMS:
         return number
-    guard.warn("item count", "%s(%r): an item count is a whole number from 0 up", what, count)
+    guard.warn(
+        "item count",
+        "%s(%s): an item count is a whole number from 0 to %d; nothing is counted",
+        what,
+        type(count).__name__ if number < 0 else "too many",
+        MOST_ITEMS,
+    )
     return 0
 
 

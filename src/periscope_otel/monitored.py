@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from opentelemetry.trace import SpanKind
@@ -18,7 +19,7 @@ from periscope_otel.scope import CallSite, failure_of, finish_raised
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
 
     from opentelemetry.util.types import AttributeValue
 
@@ -157,15 +158,23 @@ def wrap(
     function: Callable[..., Any], site: CallSite, result: ResultPredicate | None = None
 ) -> Callable[..., Any]:
     """Return the wrapper that suits the shape of `function`, looking like it."""
-    if inspect.isasyncgenfunction(function):
+    shaped = _what_runs(function)
+    if inspect.isasyncgenfunction(shaped):
         wrapper = _wrap_async_generator(function, site)
-    elif inspect.isgeneratorfunction(function):
+    elif inspect.isgeneratorfunction(shaped):
         wrapper = _wrap_generator(function, site, result)
-    elif inspect.iscoroutinefunction(function):
+    elif inspect.iscoroutinefunction(shaped) or inspect.iscoroutinefunction(function):
         wrapper = _wrap_coroutine(function, site, result)
     else:
         wrapper = _wrap_function(function, site, result)
     return functools.wraps(function)(wrapper)
+
+
+def _what_runs(function: Any) -> Any:
+    """Return the function that a partial or a callable object calls."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function if inspect.isroutine(function) else type(function).__call__
 
 
 def _wrap_function(
@@ -213,9 +222,12 @@ def _wrap_generator(
 ) -> Callable[..., Any]:
     def monitored_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         inner = function(*args, **kwargs)
-        operation = _begin_generator(site, args, kwargs)
-        step, sent = inner.send, None
-        # The protocol of `yield from` (PEP 380), with the operation left around every yield.
+        operation, _keeper = _begin_generator(site, args, kwargs)
+        step: Callable[[Any], Any] = inner.send
+        sent: Any = None
+        closing = False
+        # Whatever the consumer does to this generator is done to the user's, with the operation
+        # left around every yield. A close too is thrown in: the body may return, fail or go on.
         while True:
             operation.resume()
             try:
@@ -223,21 +235,18 @@ def _wrap_generator(
             except StopIteration as stop:
                 if result is not None:
                     _judge(operation, result, stop.value)
-                operation.leave()
-                operation.settle()
+                _finish_generator(operation, closing=closing)
                 return stop.value
             except BaseException as error:
-                finish_raised(operation, error)
+                sent = None  # or the error's traceback would refer to the error
+                _finish_generator(operation, error, closing=closing)
                 raise
             operation.suspend()
-            step, sent = inner.send, None
+            step, sent, closing = inner.send, None, False
             try:
                 sent = yield item
-            except GeneratorExit:
-                returned = _close(inner, operation)
-                if returned is None:
-                    raise
-                return returned
+            except GeneratorExit as error:
+                step, sent, closing = inner.throw, error, True
             except BaseException as error:  # noqa: BLE001  (thrown in by the consumer: passed on)
                 step, sent = inner.throw, error
 
@@ -247,68 +256,89 @@ def _wrap_generator(
 def _wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callable[..., Any]:
     async def monitored_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         inner = function(*args, **kwargs)
-        operation = _begin_generator(site, args, kwargs)
-        step, sent = inner.asend, None
+        operation, _keeper = _begin_generator(site, args, kwargs)
+        step: Callable[[Any], Awaitable[Any]] = functools.partial(_first_step, inner)
+        sent: Any = None
+        closing = False
         while True:
             operation.resume()
             try:
                 item = await step(sent)
             except StopAsyncIteration:
-                operation.leave()
-                operation.settle()
+                _finish_generator(operation, closing=closing)
                 return
             except BaseException as error:
-                finish_raised(operation, error)
+                sent = None
+                _finish_generator(operation, error, closing=closing)
                 raise
             operation.suspend()
-            step, sent = inner.asend, None
+            step, sent, closing = inner.asend, None, False
             try:
                 sent = yield item
-            except GeneratorExit:
-                await _aclose(inner, operation)
-                raise
+            except GeneratorExit as error:
+                step, sent, closing = inner.athrow, error, True
             except BaseException as error:  # noqa: BLE001  (thrown in by the consumer: passed on)
                 step, sent = inner.athrow, error
 
     return monitored_async_generator
 
 
-def _begin_generator(site: CallSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Operation:
+def _first_step(inner: AsyncGenerator[Any, Any], sent: None) -> Awaitable[Any]:
+    """Start the user's async generator without telling the event loop of it.
+
+    A loop closes each generator that it knows, at its own end or when one is garbage. It shall
+    know the wrapper alone, which closes the user's: two closes at once are an error.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, _left_to_the_wrapper)
+    try:
+        return inner.asend(sent)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+
+
+def _left_to_the_wrapper(_inner: AsyncGenerator[Any, Any]) -> None:
+    """Do nothing where an event loop would close a generator that is garbage."""
+
+
+class _Keeper:
+    """Settles the operation of a generator whose frame is thrown away without being run.
+
+    That is what becomes of a body that yields or awaits when it is told to exit.
+    """
+
+    __slots__ = ("_operation",)
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+
+    def __del__(self) -> None:
+        self._operation.abandon()
+
+
+def _begin_generator(
+    site: CallSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Operation, _Keeper]:
     with guard.contained("worker start"):
         worker.start()
-    return site.prepare(args, kwargs)
+    operation = site.prepare(args, kwargs)
+    return operation, _Keeper(operation)
 
 
-def _close(inner: Generator[Any, Any, Any], operation: Operation) -> object:
-    """Close the user's generator as its wrapper is closed, perhaps by a finaliser.
-
-    Returns:
-        What `close` returned, which since Python 3.13 is the generator's return value.
-    """
-    operation.resume()
-    try:
-        returned: object = inner.close()  # type: ignore[func-returns-value]
-    except BaseException as error:
+def _finish_generator(
+    operation: Operation, error: BaseException | None = None, *, closing: bool
+) -> None:
+    """Leave and settle; a closed generator may be so by a finaliser, which takes no lock."""
+    if closing and (error is None or isinstance(error, GeneratorExit)):
+        operation.leave()
+        operation.settle_later()
+    elif error is None:
+        operation.finish()
+    elif closing:
         operation.leave()
         operation.settle_later(failure_of(error), error)
-        raise
-    operation.leave()
-    operation.settle_later()
-    return returned
-
-
-async def _aclose(inner: AsyncGenerator[Any, Any], operation: Operation) -> None:
-    operation.resume()
-    try:
-        # At its end an event loop closes all generators at once, the inner one by itself.
-        if not inner.ag_running:  # type: ignore[attr-defined]
-            await inner.aclose()
-    except BaseException as error:
-        operation.leave()
-        operation.settle_later(failure_of(error), error)
-        raise
-    operation.leave()
-    operation.settle_later()
+    else:
+        finish_raised(operation, error)
 
 
 def _judge(operation: Operation, result: ResultPredicate, value: object) -> None:

@@ -24,9 +24,17 @@ from opentelemetry.trace import (
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure, classify, classify_response, message_of, stack_text
-from periscope_otel.items import FAILED, INGESTED, SKIPPED, ItemAccount, ItemLedger
+from periscope_otel.items import (
+    CLOSED_LEDGER,
+    FAILED,
+    INGESTED,
+    SKIPPED,
+    ItemAccount,
+    ItemLedger,
+)
 from periscope_otel.redaction import clean_name, redact
 from periscope_otel.telemetry import names
+from periscope_otel.telemetry.attributes import clean_attribute
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -86,6 +94,7 @@ class Operation:
     _ledger: ItemLedger | None = None
     _failure: Failure | None = None
     _item_events: int = 0
+    _posted: bool = False
     _suspended_at: float = 0.0
     _consumer_seconds: float | None = None
 
@@ -156,7 +165,8 @@ class Operation:
         with guard.contained("operation.fail"):
             if isinstance(error, BaseException):
                 self._failure = classify(error)
-                self._record_exception(error)
+                if self._failure.outcome in _FAILURES:
+                    self._record_exception(error)
             else:
                 self._failure = classify_response(error) or _UNTYPED_FAILURE
                 description = redact(error) if isinstance(error, str) else None
@@ -165,7 +175,7 @@ class Operation:
     def set_attribute(self, key: str, value: AttributeValue) -> None:
         """Set a span attribute; texts are made harmless, as everything that the plugin emits."""
         with guard.contained("operation.set_attribute"):
-            self.span.set_attribute(key, harmless(value))
+            self.span.set_attribute(*clean_attribute(key, value))
 
     @overload
     def track(self, items: Iterable[_Item], *, total: int | None = None) -> Iterator[_Item]: ...
@@ -241,6 +251,8 @@ class Operation:
 
     def suspend(self) -> None:
         """Leave at a `yield`: what follows is the consumer's time."""
+        # The body may have made something else current, such as a span around its yield.
+        self.context = get_current()
         self.leave()
         if self._telemetry is not None:
             self._suspended_at = self._telemetry.clock()
@@ -281,10 +293,12 @@ class Operation:
             return
         try:
             outcome, error_type = "ok", None
+            # From here on nothing is counted: without a ledger a closed one takes its place.
+            ledger = self.__dict__.setdefault("_ledger", CLOSED_LEDGER)
             if (
                 failure is not None
                 or self._failure is not None
-                or self._ledger is not None
+                or ledger is not CLOSED_LEDGER
                 or self._consumer_seconds is not None
             ):
                 outcome, error_type = self._describe(failure, error)
@@ -312,6 +326,14 @@ class Operation:
             self._seconds += telemetry.clock() - self._resumed_at
         self.settle(CANCELLED)
 
+    def abandon(self) -> None:
+        """Settle, if nothing else has: what ran it is gone. Called by finalisers."""
+        if self.outcome is not None or self._posted:
+            return
+        if self.token is not None and get_current() is self.context:
+            self.leave()
+        self.settle_later()
+
     def settle_later(
         self, failure: Failure | None = None, error: BaseException | None = None
     ) -> None:
@@ -319,6 +341,7 @@ class Operation:
 
         The worker settles it a moment later; the span's end is the time of this call.
         """
+        self._posted = True
         ended_at = time.time_ns()
         worker.post(lambda: self.settle(failure, error, ended_at=ended_at))
 
@@ -335,7 +358,8 @@ class Operation:
             self.outcome = _outcome_of(failure or self._failure, self._close_ledger())
 
     def _close_ledger(self) -> ItemAccount | None:
-        return None if self._ledger is None else self._ledger.close()
+        ledger = self._ledger
+        return None if ledger is None or ledger is CLOSED_LEDGER else ledger.close()
 
     def _describe(
         self, failure: Failure | None, error: BaseException | None
@@ -441,15 +465,6 @@ def _first_to_record(error: BaseException, trace_id: int) -> bool:
 
 
 _RECORDED_IN = "_periscope_recorded_in"
-
-
-def harmless(value: AttributeValue) -> AttributeValue:
-    """Return an attribute value that no exporter or terminal stumbles over."""
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, (list, tuple)) and any(isinstance(one, str) for one in value):
-        return [redact(str(one)) for one in value]
-    return value
 
 
 def _restore(token: contextvars.Token[Context] | None) -> None:

@@ -7,6 +7,7 @@ The bar is drawn on standard error if that is a terminal, from the loop that con
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 _Item = TypeVar("_Item")
 
 _REDRAW_INTERVAL = 0.1
+_LONGEST_NAME = 26
+_WIDTH_FOR_A_BAR = 80
 
 
 class _Receiver(Protocol):
@@ -82,11 +85,11 @@ class _NoBar:
 
 
 class _Bar(_NoBar):
-    """One line of the shared progress display: count, rate, time, and time spent loading."""
+    """One line of the process's display: count, rate, time elapsed, and time spent loading."""
 
-    def __init__(self, description: str, total: int | None) -> None:
-        self._display = _display()
-        self._task: TaskID = self._display.add_task(description, total=total, load="0.0 s")
+    def __init__(self, name: str, total: int | None) -> None:
+        self._display = _join_display()
+        self._task: TaskID = self._display.add_task(name, total=total, loading=0.0)
         self._count = 0
         self._loading = 0.0
         self._drawn_at = 0.0
@@ -103,72 +106,97 @@ class _Bar(_NoBar):
         self._draw()
         with guard.contained("progress"):
             self._display.stop_task(self._task)
-            if all(task.finished or task.stop_time is not None for task in self._display.tasks):
-                _forget_display()
+            _leave_display()
 
     def _draw(self) -> None:
         with guard.contained("progress"):
             self._display.update(
-                self._task, completed=self._count, load=f"{self._loading:.1f} s", refresh=True
+                self._task, completed=self._count, loading=self._loading, refresh=True
             )
 
 
 def _bar_for(operation: _Receiver, items: Any, total: int | None) -> _NoBar:
+    if not _somebody_looks():
+        return _NoBar()
     try:
-        if not sys.stderr.isatty():
-            return _NoBar()
         if total is None and hasattr(items, "__len__"):
             total = len(items)
         name = operation.name if operation.feed is None else f"{operation.name} ({operation.feed})"
         return _Bar(name, total)
-    except Exception as error:  # noqa: BLE001  (no standard error, a strange terminal)
+    except Exception as error:  # noqa: BLE001  (a strange terminal)
         guard.report("progress", error)
         return _NoBar()
 
 
+def _somebody_looks() -> bool:
+    """Whether standard error is a terminal; it may also be closed or missing."""
+    try:
+        return sys.stderr is not None and sys.stderr.isatty()
+    except ValueError:
+        return False
+
+
+# A terminal has room for one display, which has a line for each track that goes on.
+_lock = threading.Lock()
 _shared: Progress | None = None
-"""The display of this process: a terminal has room for one, with a line for each task."""
+_users = 0
 
 
-def _display() -> Progress:
-    global _shared
-    if _shared is None:
-        from rich.console import Console
-        from rich.markup import escape
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-        from rich.text import Text
-
-        class RateColumn(TextColumn):
-            """Items a second."""
-
-            def render(self, task: Any) -> Text:
-                elapsed = task.elapsed or 0.0
-                rate = task.completed / elapsed if elapsed else 0.0
-                return Text(f"{rate:,.0f}/s", style="progress.data.speed")
-
-        _ = escape
-        _shared = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            RateColumn(""),
-            TimeElapsedColumn(),
-            TextColumn("load {task.fields[load]}", markup=False),
-            console=Console(stderr=True),
-            auto_refresh=False,
-        )
-        _shared.start()
-    return _shared
+def _join_display() -> Progress:
+    global _shared, _users
+    with _lock:
+        if _shared is None:
+            _shared = _new_display()
+            _shared.start()
+        _users += 1
+        return _shared
 
 
-def _forget_display() -> None:
-    global _shared
-    display, _shared = _shared, None
-    if display is not None:
-        display.stop()
+def _leave_display() -> None:
+    global _shared, _users
+    with _lock:
+        _users -= 1
+        if _users == 0 and _shared is not None:
+            _shared.stop()
+            _shared = None
+
+
+def _new_display() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, ProgressColumn
+    from rich.text import Text
+
+    class Figures(ProgressColumn):
+        """Everything in one text, so that a narrow terminal cuts the end and not each part."""
+
+        def render(self, task: Any) -> Text:
+            total = "?" if task.total is None else f"{task.total:.0f}"
+            elapsed = task.finished_time or task.elapsed or 0.0
+            rate = task.completed / elapsed if elapsed else 0.0
+            name = task.description
+            if len(name) > _LONGEST_NAME:
+                name = f"{name[: _LONGEST_NAME - 1]}…"
+            return Text(
+                f"{name} {task.completed:.0f}/{total} {rate:,.0f}/s "
+                f"{_clock(elapsed)} load {task.fields['loading']:.1f} s",
+                no_wrap=True,
+                overflow="ellipsis",
+            )
+
+    console = Console(stderr=True)
+    columns: list[ProgressColumn] = [Figures()]
+    if console.width >= _WIDTH_FOR_A_BAR:
+        columns.insert(0, BarColumn(bar_width=16))
+    return Progress(
+        *columns,
+        console=console,
+        auto_refresh=False,
+        # What the program prints goes above the bar, but only if it goes to the same terminal.
+        redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
+    )
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}"

@@ -41,4 +41,5 @@ def registered(name: str) -> Callable[..., Any] | None:
 
 
 def _origin(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}.{function.__qualname__}"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -152,9 +152,9 @@ class Runtime:
     def _serve(self, host: str, port: int) -> None:
         from periscope_otel.server import Page, Server
 
-        self._page = PrometheusPage()
+        self._page = page = PrometheusPage()
         pages: dict[str, Callable[[str], Page]] = {
-            "/metrics": self._page,
+            "/metrics": lambda accept: Page(*page.render(accept)),
             "/health": lambda _accept: Page(b"ok\n", "text/plain"),
         }
         self.server = Server(host, port, pages)
@@ -258,7 +258,7 @@ class Runtime:
                     remove(self._page.reader)
         if self._processors:
             _closed_providers.add(self.tracer_provider)
-        if self._owns_meter_provider:
+        if self._owns_meter_provider and self.meter_provider is not None:
             _closed_providers.add(self.meter_provider)
         closers: list[Callable[[], object]] = [reader.shutdown for reader in self._readers]
         closers += [processor.shutdown for processor in self._processors]

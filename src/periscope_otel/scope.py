@@ -11,9 +11,9 @@ from opentelemetry.trace import Link, SpanContext, SpanKind
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure, classify
-from periscope_otel.operation import CANCELLED, OPERATION_KEY, Operation, harmless
-from periscope_otel.redaction import clean_name
+from periscope_otel.operation import CANCELLED, OPERATION_KEY, Operation
 from periscope_otel.telemetry import names
+from periscope_otel.telemetry.attributes import clean_attributes, clean_label
 from periscope_otel.telemetry.current import current, discover
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     PerCall: TypeAlias = Callable[[dict[str, Any]], object]
     """A value worked out for each call, from its bound arguments by name."""
+
+UNNAMED = "operation"
+"""The name of an operation whose name could not be had."""
 
 
 class CallSite:
@@ -48,12 +51,12 @@ class CallSite:
         attributes: Mapping[str, AttributeValue] | None = None,
         function: Callable[..., Any] | None = None,
     ) -> None:
-        self._name = clean_name(name) if isinstance(name, str) else "operation"
-        self._feed = clean_name(feed) if isinstance(feed, str) else None
+        self._name = (clean_label(name) if isinstance(name, str) else "") or UNNAMED
+        self._feed = (clean_label(feed) or None) if isinstance(feed, str) else None
         self._kind = kind
-        self._extra = {key: harmless(value) for key, value in (attributes or {}).items()}
+        self._extra = clean_attributes(attributes or {})
         if isinstance(breaker, str):
-            self._extra[names.BREAKER_NAME] = clean_name(breaker)
+            self._extra[names.BREAKER_NAME] = clean_label(breaker)
         self._attributes = self._span_attributes(self._name, self._feed)
         self._per_call: dict[str, PerCall] = {
             what: value
@@ -108,7 +111,7 @@ class CallSite:
                     attributes = {**attributes, names.FEED_NAME: feed}
             telemetry = current.telemetry or discover()
             operation = Operation(name, feed)
-            if telemetry is None or SUPPRESS_KEY in parent:
+            if telemetry is None or parent.get(SUPPRESS_KEY):
                 operation.context = Context(parent | {OPERATION_KEY: operation})
             else:
                 operation.start(telemetry, parent, self._kind, attributes, links)
@@ -132,8 +135,9 @@ class CallSite:
         if bound is not None:
             for what, work_out in self._per_call.items():
                 value = _contained_call(what, work_out, bound)
-                if value is not None:
-                    values[what] = clean_name(value)
+                label = "" if value is None else clean_label(value)
+                if label:
+                    values[what] = label
         name, feed = values.get("name", self._name), values.get("feed", self._feed)
         attributes = self._span_attributes(name, feed)
         if "breaker" in values:

@@ -204,7 +204,7 @@ def _value_of(setting: Setting, keywords: Mapping[str, Any], environment: Mappin
 def _read(setting: Setting, source: str, value: Any) -> Any:
     try:
         return setting.read(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         shown = redact(repr(value), 80)
         raise SettingsError(f"{source}={shown}: expected {setting.expected}") from None
 

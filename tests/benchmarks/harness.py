@@ -22,12 +22,14 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
 
 Sample = dict[str, float]
 """Figures of one subject in one round, such as CPU seconds a call."""
@@ -109,7 +111,7 @@ class Measure:
     def row(self) -> tuple[str, str, str, str]:
         """What is measured, its target, the result and the verdict, as texts."""
         target = "" if self.target is None else f"≤ {self.target:g}{self.unit}"
-        result = f"{self.median:.3g} [{self.lower:.3g}–{self.upper:.3g}]{self.unit}"
+        result = f"{self.median:.3g} [{self.lower:.3g}-{self.upper:.3g}]{self.unit}"
         verdict = {None: "", True: "yes", False: "NO"}[self.met]
         return self.what, target, result, verdict
 
@@ -122,7 +124,7 @@ def spread(what: str, values: list[float], target: float | None = None, unit: st
     return Measure(what, target, median, lower, upper, unit)
 
 
-def ratio(
+def ratio(  # noqa: PLR0917  (a table of these reads best without keywords)
     what: str, rounds: Rounds, over: str, under: str, clock: str, target: float | None = None
 ) -> Measure:
     """Return the ratios, round by round, of one figure of two subjects."""

@@ -10,11 +10,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
-from harness import Sample
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+    from types import TracebackType
+
+    from harness import Sample
 
 
 class Host:
@@ -42,7 +45,7 @@ class Host:
             env={**os.environ, **(environment or {})},
         )
 
-    def __enter__(self) -> Host:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -67,10 +70,11 @@ class Host:
         return json.loads(answer)
 
 
-def serve(subjects: Mapping[str, Callable[[int], Sample]]) -> None:
-    """Measure what standard input asks for, until it ends."""
+def serve(make: Callable[[], Mapping[str, Callable[[int], Sample]]]) -> None:
+    """Make subjects, and measure what standard input asks for until it ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not be taken for an answer
+    subjects = make()
     for line in sys.stdin:
         name, calls = json.loads(line)
         print(json.dumps(subjects[name](calls)), file=answers, flush=True)

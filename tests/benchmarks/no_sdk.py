@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from harness import Subject
+from harness import Sample, Subject
 from hosts import serve
 
 from periscope_otel import monitored
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def empty() -> None:
@@ -38,11 +40,16 @@ class Feed:
         """Do nothing, monitored."""
 
 
-if __name__ == "__main__":
-    subjects = {
+def subjects() -> dict[str, Callable[[int], Sample]]:
+    """Return the calls, by the names that call_cost.py knows."""
+    made = {
         "call without an SDK": Subject(monitored("store", feed="urlhaus")(empty)),
         "method without an SDK": Subject(Feed().fetch),
         "empty closure": Subject(closure(empty)),
     }
     assert "opentelemetry.sdk" not in sys.modules
-    serve({name: subject.measure for name, subject in subjects.items()})
+    return {name: subject.measure for name, subject in made.items()}
+
+
+if __name__ == "__main__":
+    serve(subjects)

@@ -8,10 +8,9 @@ that is called does nothing, so that only the instrumentation is measured.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from harness import Subject
-from opentelemetry.metrics import Histogram, Meter
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -23,6 +22,11 @@ from periscope_otel.telemetry import names
 from periscope_otel.telemetry.current import Telemetry, current, telemetry_on
 from periscope_otel.telemetry.export import CountedSpanProcessor, ExportAccount
 from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opentelemetry.metrics import Histogram, Meter
 
 OPERATION, FEED, BREAKER = "store", "urlhaus", "urlhaus.abuse.ch"
 
@@ -76,6 +80,17 @@ class Pipeline:
         """Export every span and collect every metric."""
         self._processor.force_flush()
         self.reader.get_metrics_data()
+
+    def points(self, metric_name: str) -> int:
+        """Return how many label sets a metric has."""
+        data = self.reader.get_metrics_data()
+        return sum(
+            len(metric.data.data_points)
+            for resource in data.resource_metrics
+            for scope in resource.scope_metrics
+            for metric in scope.metrics
+            if metric.name == metric_name
+        )
 
 
 def use(telemetry: Telemetry | None) -> Callable[[], None]:

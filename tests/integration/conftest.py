@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-
 from otlp import Receiver, receiver
 
 if TYPE_CHECKING:

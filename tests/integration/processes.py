@@ -32,7 +32,7 @@ class Ended(NamedTuple):
     lines: list[str]
     stderr: str
     at: float
-    """When, on the monotonic clock, which all processes of a machine share."""
+    """When it closed its output, on the monotonic clock, which all processes share."""
 
     @property
     def reports(self) -> list[str]:
@@ -52,28 +52,31 @@ class Program:
             stderr=self._stderr,
             text=True,
             env=clean_environment() | (env or {}),
+            start_new_session=True,
         )
         self.pid = self._process.pid
-        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._seen: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def line(self, timeout: float = PATIENCE) -> str:
         """Return the next line that it writes."""
-        try:
-            return self._lines.get(timeout=timeout)
-        except queue.Empty:
-            raise AssertionError(f"no line came; so far: {self._seen}\n{self._dump()}") from None
+        with contextlib.suppress(queue.Empty):
+            line = self._lines.get(timeout=timeout)
+            if line is not None:
+                return line
+        raise AssertionError(f"no line came; so far: {self._seen}\n{self._dump()}")
 
     def tell(self, line: str = "") -> None:
         """Write a line to its standard input."""
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
 
-    def send(self, number: int) -> None:
-        """Send it a signal."""
+    def send(self, number: int) -> float:
+        """Send it a signal; returns when, on the monotonic clock."""
         os.kill(self.pid, number)
+        return time.monotonic()
 
     @property
     def running(self) -> bool:
@@ -86,16 +89,15 @@ class Program:
             status = self._process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"the program hangs\n{self._dump()}") from None
-        at = time.monotonic()
         self._reader.join(PATIENCE)
-        return Ended(status, list(self._seen), self._read_stderr(), at)
+        return Ended(status, list(self._seen), self._read_stderr(), self._ended_at)
 
     def close(self) -> None:
         """Kill it if it still runs, and close the pipes."""
-        if self.running:
-            self._process.kill()
-            self._process.wait()
-        self._reader.join(PATIENCE)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)  # with whatever children it left
+        self._process.wait()
+        self._reader.join(5)  # a child that outlives it may hold its output
         self._stderr.close()
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -105,6 +107,8 @@ class Program:
         for line in self._process.stdout:
             self._seen.append(line.rstrip("\n"))
             self._lines.put(line.rstrip("\n"))
+        self._ended_at = time.monotonic()
+        self._lines.put(None)
 
     def _read_stderr(self) -> str:
         self._stderr.seek(0)
@@ -121,9 +125,7 @@ class Program:
 
 
 @contextmanager
-def running(
-    script: str | Path, *args: str, env: dict[str, str] | None = None
-) -> Iterator[Program]:
+def running(script: str | Path, *args: str, env: dict[str, str] | None = None) -> Iterator[Program]:
     """Run a program of `programs/` by name, or a file, for a block."""
     path = PROGRAMS / f"{script}.py" if isinstance(script, str) else script
     program = Program(path, *args, env=env)

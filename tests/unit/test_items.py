@@ -92,6 +92,7 @@ def test_failed_items_make_the_outcome_partial(captured_telemetry):
 
 def test_failed_operation_counts_the_rest_as_unaccounted(captured_telemetry):
     """An operation that raises keeps its outcome, and what it did not get to is unaccounted."""
+
     def source():
         yield from range(5)
         raise ValueError("x")

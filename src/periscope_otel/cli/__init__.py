@@ -41,6 +41,9 @@ def settings() -> None:
     """Print every setting: its variable, its value here and what it means."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
+
+    from periscope_otel.telemetry.attributes import clean_label
 
     try:
         values = load({})
@@ -50,6 +53,8 @@ def settings() -> None:
     table = Table("variable", "value", "from", "meaning")
     for setting, value in zip(SETTINGS, values, strict=True):
         source = "environment" if os.environ.get(setting.variable, "").strip() else "default"
-        shown = "" if value is None else str(value)
-        table.add_row(setting.variable, shown, source, setting.description)
+        shown = "" if value is None else clean_label(str(value))
+        table.add_row(
+            *(Text(cell) for cell in (setting.variable, shown, source, setting.description))
+        )
     Console().print(table)

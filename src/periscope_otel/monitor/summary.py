@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self, TypeVar
 
 from periscope_otel.items import FAILED, INGESTED, SKIPPED, UNACCOUNTED
 from periscope_otel.redaction import clean_name
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from periscope_otel.server import Server
     from periscope_otel.telemetry.current import Telemetry
     from periscope_otel.telemetry.instruments import Settled
-    from periscope_otel.telemetry.series import LabelSet, Series
+    from periscope_otel.telemetry.series import Series
+
+_Key = TypeVar("_Key")
 
 _ERROR_TYPES = 20
 """Error types that are told apart for one operation and feed; further ones become `other`."""
@@ -145,6 +147,9 @@ class ItemTotals(NamedTuple):
         return self.received - self.ingested - self.skipped - self.failed - self.unaccounted
 
 
+_Row = TypeVar("_Row", OperationTotals, ItemTotals)
+
+
 class RunSummary:
     """Listens to every operation of a block and tells what happened.
 
@@ -214,35 +219,41 @@ class RunSummary:
         if self._ended is None:
             self._catch_up()
         with self._lock:
-            return sorted(self._totals.values(), key=self._order)
+            return self._in_order(self._totals.values())
 
     def items(self) -> list[ItemTotals]:
         """Return the account of each operation and feed that counted items."""
         now = self._instruments.item_counts() if self._ended is None else self._items_after
-        received, converted, settled = (
-            {key: count - before.get(key, 0) for key, count in after.items()}  # type: ignore[attr-defined]
-            for before, after in zip(self._items_before, now, strict=True)
+        received = _since(self._items_before[0], now[0])
+        converted = _since(self._items_before[1], now[1])
+        settled = _since(self._items_before[2], now[2])
+        rows = dict.fromkeys((*received, *converted, *(key[0] for key in settled)))
+        ends: dict[Series, list[tuple[str, str | None, int]]] = {series: [] for series in rows}
+        for (series, outcome, reason), count in settled.items():
+            ends[series].append((outcome, reason, count))
+        made = (
+            _item_totals(one, received.get(one, 0), converted.get(one, 0), ends[one])
+            for one in rows
         )
-        rows = {series: None for series in (*received, *converted, *(key[0] for key in settled))}
-        made = [_item_totals(one, received, converted, settled) for one in rows]
-        return sorted((row for row in made if any(row[2:8])), key=self._order)
+        return self._in_order(row for row in made if any(row[2:8]))
 
     def where(self) -> tuple[ExportReport, list[str]]:
         """Return what was exported, and in words where else telemetry can be had."""
         runtime, report = self._runtime, self._runtime.report()
         signals = {signal.signal for signal in report.signals}
         told = []
-        if runtime.server is not None and not runtime.closed:
+        if runtime.server is not None:
             address = f"{_bracketed(runtime.server.host)}:{runtime.server.port}"
-            told.append(f"metrics are served to Prometheus at http://{address}/metrics")
+            verb = "were" if runtime.closed else "are"
+            told.append(f"Metrics {verb} served to Prometheus at http://{address}/metrics")
         if runtime.tracer_provider is not None and "spans" not in signals:
-            told.append("spans go to the application's own TracerProvider")
+            told.append("Spans go to the application's own TracerProvider")
         if (
             runtime.meter_provider is not None
             and "metric points" not in signals
             and runtime.server is None
         ):
-            told.append("metrics go to the application's own MeterProvider")
+            told.append("Metrics go to the application's own MeterProvider")
         return report, told
 
     def print(self, console: Console | None = None) -> None:
@@ -271,42 +282,54 @@ class RunSummary:
         worker.finish_posted(_WAIT)
         self._instruments.drain()
 
-    def _order(self, row: OperationTotals | ItemTotals) -> int:
-        """The place of a row: that of its name among all that this process has begun."""
-        for place, series in enumerate(tuple(self._instruments.labels.by_name.values())):
-            if (series.operation, series.feed) == (row.operation, row.feed):
-                return place
-        return len(self._totals)
+    def _in_order(self, rows: Iterable[_Row]) -> list[_Row]:
+        """Return rows in the order in which their operations and feeds began for the first time."""
+        begun = tuple(self._instruments.labels.by_name.values())
+        places = {(one.operation, one.feed): place for place, one in enumerate(begun)}
+        return sorted(rows, key=lambda row: places.get((row.operation, row.feed), len(places)))
 
 
 def total_of(rows: Iterable[ItemTotals]) -> ItemTotals:
     """Return the sum of several accounts."""
     rows = list(rows)
-    sums = [sum(column) for column in zip(*(row[2:8] for row in rows), strict=True)] or [0] * 6
     reasons: Counter[str] = Counter()
     for row in rows:
         reasons.update(row.reasons)
-    return ItemTotals("total", None, *sums, reasons)
+    return ItemTotals(
+        operation="total",
+        feed=None,
+        received=sum(row.received for row in rows),
+        converted=sum(row.converted for row in rows),
+        ingested=sum(row.ingested for row in rows),
+        skipped=sum(row.skipped for row in rows),
+        failed=sum(row.failed for row in rows),
+        unaccounted=sum(row.unaccounted for row in rows),
+        reasons=reasons,
+    )
+
+
+def _since(before: Mapping[_Key, int], now: Mapping[_Key, int]) -> dict[_Key, int]:
+    """Return what was added to the counts of a table."""
+    return {key: count - before.get(key, 0) for key, count in now.items()}
 
 
 def _item_totals(
     series: Series,
-    received: Mapping[Series, int],
-    converted: Mapping[Series, int],
-    settled: Mapping[LabelSet, int],
+    received: int,
+    converted: int,
+    settled: Iterable[tuple[str, str | None, int]],
 ) -> ItemTotals:
     ends: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for (owner, outcome, reason), count in settled.items():
-        if owner is series:
-            ends[outcome] += count
-            if outcome == SKIPPED and count:
-                reasons[reason or "no reason given"] += count
+    for outcome, reason, count in settled:
+        ends[outcome] += count
+        if outcome == SKIPPED and count:
+            reasons[reason or "no reason given"] += count
     return ItemTotals(
         series.operation,
         series.feed,
-        received.get(series, 0),
-        converted.get(series, 0),
+        received,
+        converted,
         ends[INGESTED],
         ends[SKIPPED],
         ends[FAILED],

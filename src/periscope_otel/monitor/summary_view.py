@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich import box
+from rich.cells import cell_len
 from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from periscope_otel.monitor.summary import OperationTotals, RunSummary
     from periscope_otel.report import ExportReport
 
+_ROWS = 50
+"""Rows of one table; how many more there are is said, and totals are of all."""
+
 _WIDE = 96
 """Columns from which there is room for two blanks between numbers."""
 
@@ -37,10 +41,7 @@ _STYLES = {
 }
 """Outcomes in the order in which they are told, each with its colour."""
 
-_NOWHERE = (
-    "nowhere: no exporter is configured (configure() takes otlp_endpoint= and prometheus=, and "
-    "reads the standard OTEL_* variables)"
-)
+_NOWHERE = "Telemetry went nowhere: no exporter is configured"
 
 
 class _Signs(NamedTuple):
@@ -68,20 +69,30 @@ class _View:
         self._ascii = options.ascii_only
         self._signs = _ASCII if self._ascii else _UNICODE
         self._gap = 2 if options.max_width >= _WIDE else 1
+        self._first_widths = (0, 0)
 
     def parts(self) -> Iterator[RenderableType]:
         operations, items = self._summary.operations(), self._summary.items()
+        self._align((*operations, *items))
         yield self._headline(operations)
         if operations:
-            yield self._operations(operations)
+            yield from self._operations(operations)
         if items:
-            yield self._items(items)
+            yield from self._items(items)
             yield from self._equation(total_of(items))
             skipped = [(row, row.reasons) for row in items if row.reasons]
-            yield from self._why("skipped", skipped, "yellow")
+            yield from self._why("Skipped", skipped, "yellow")
         failures = [(row, row.errors) for row in operations if row.errors]
-        yield from self._why("failures", failures, "red")
+        yield from self._why("Failures", failures, "red")
         yield from self._telemetry(*self._summary.where())
+
+    def _align(self, rows: Sequence[OperationTotals | ItemTotals]) -> None:
+        """Let the columns of names be as wide in every table, where the widest has room."""
+        names = max((cell_len(row.operation) for row in rows), default=0)
+        feeds = max((cell_len(row.feed or "") for row in rows), default=0)
+        widths = (max(names, len("Operations")), max(feeds, len("feed")))
+        if sum(widths) <= 20 + 10 * self._gap:
+            self._first_widths = widths
 
     def _headline(self, operations: Sequence[OperationTotals]) -> Text:
         calls = sum(row.calls for row in operations)
@@ -94,9 +105,9 @@ class _View:
             line.append(running, style="not bold yellow")
         return line
 
-    def _operations(self, rows: Sequence[OperationTotals]) -> RenderableType:
-        table = self._table("operation", "feed", "*calls", "outcomes", "*p50", "*p95", "*max")
-        for row in rows:
+    def _operations(self, rows: Sequence[OperationTotals]) -> Iterator[RenderableType]:
+        table = self._table("Operations", "feed", "*calls", "outcomes", "*p50", "*p95", "*max")
+        for row in rows[:_ROWS]:
             table.add_row(
                 self._name(row.operation, "bold"),
                 self._name(row.feed),
@@ -106,7 +117,8 @@ class _View:
                 self._duration(row.latency.quantile(0.95)),
                 self._duration(row.latency.longest),
             )
-        return _block(table)
+        yield from _block(table)
+        yield from self._more(rows)
 
     def _outcomes(self, outcomes: Mapping[str, int]) -> Text:
         told = [
@@ -114,12 +126,12 @@ class _View:
         ]
         return Text("\n").join(Text(words, style=style) for words, style in told)
 
-    def _items(self, rows: Sequence[ItemTotals]) -> RenderableType:
+    def _items(self, rows: Sequence[ItemTotals]) -> Iterator[RenderableType]:
         table = self._table(
-            "operation", "feed", "*received", "*converted", "*ingested", "*skipped", "*failed",
+            "Items", "feed", "*received", "*converted", "*ingested", "*skipped", "*failed",
             "*unaccounted",
         )  # fmt: skip
-        for row in rows:
+        for row in rows[:_ROWS]:
             name, feed = self._name(row.operation, "bold"), self._name(row.feed)
             table.add_row(name, feed, *_item_cells(row))
         if len(rows) > 1:
@@ -127,21 +139,22 @@ class _View:
             total = (Text("total"), Text(""), *_item_cells(total_of(rows)))
             for column, cell in zip(table.columns, total, strict=True):
                 column.footer = cell
-        return _block(table)
+        yield from _block(table)
+        yield from self._more(rows)
 
     def _equation(self, total: ItemTotals) -> Iterator[RenderableType]:
-        line = Text(
+        right = total.difference == 0
+        sign, style = (self._signs.good, "bold green") if right else (self._signs.bad, "bold red")
+        line = Text.assemble(
+            (f"{sign} ", style),
             f"{total.received:,} received = {total.ingested:,} ingested + {total.skipped:,} skipped"
-            f" + {total.failed:,} failed + {total.unaccounted:,} unaccounted  "
+            f" + {total.failed:,} failed + {total.unaccounted:,} unaccounted",
         )
-        if total.difference == 0:
-            line.append(f"{self._signs.good} adds up", style="bold green")
-        elif total.difference > 0:
-            line.append(f"{self._signs.bad} {total.difference:,} not settled yet", "bold yellow")
-        else:
-            excess = f"{self._signs.bad} {-total.difference:,} more settled than received"
-            line.append(excess, style="bold red")
-        yield Padding(line, (1, 0, 0, 2))
+        if total.difference > 0:
+            line.append(f", and {total.difference:,} not settled yet", style)
+        elif total.difference < 0:
+            line.append(f": {-total.difference:,} more settled than received", style)
+        yield from _lines(line)
 
     def _why(
         self,
@@ -151,8 +164,8 @@ class _View:
     ) -> Iterator[RenderableType]:
         if not rows:
             return
-        table = self._table("operation", "feed", what)
-        for row, causes in rows:
+        table = self._table(what, "feed", "why")
+        for row, causes in rows[:_ROWS]:
             often_first = sorted(causes.items(), key=lambda cause: (-cause[1], cause[0]))
             told = [
                 Text.assemble((f"{count:,} ", style), self._name(cause))
@@ -161,12 +174,19 @@ class _View:
             table.add_row(
                 self._name(row.operation, "bold"), self._name(row.feed), Text(", ").join(told)
             )
-        yield _block(table)
+        yield from _block(table)
+        yield from self._more(rows)
 
-    def _telemetry(self, report: ExportReport, elsewhere: Sequence[str]) -> Iterator[RenderableType]:
+    def _more(self, rows: Sequence[object]) -> Iterator[RenderableType]:
+        if len(rows) > _ROWS:
+            yield Text(f"  and {len(rows) - _ROWS:,} more", style="dim")
+
+    def _telemetry(
+        self, report: ExportReport, elsewhere: Sequence[str]
+    ) -> Iterator[RenderableType]:
         if report.signals:
             table = self._table(
-                "telemetry", "destination", "*exported", "*failed", "*dropped", "*waiting"
+                "Telemetry", "destination", "*exported", "*failed", "*dropped", "*waiting"
             )
             for one in report.signals:
                 lost = (one.failed, one.dropped, one.waiting)
@@ -176,11 +196,10 @@ class _View:
                     f"{one.exported:,}",
                     *(Text(f"{count:,}", style="bold red" if count else "dim") for count in lost),
                 )
-            yield _block(table)
+            yield from _block(table)
         lines = list(elsewhere) or ([] if report.signals else [_NOWHERE])
-        for number, line in enumerate(lines):
-            words = Text.assemble(("telemetry: ", "bold"), self._name(line, limit=400))
-            yield Padding(words, (0 if number else 1, 0, 0, 2))
+        if lines:
+            yield from _lines(*(self._name(line) for line in lines))
 
     def _table(self, *headers: str) -> Table:
         """Return an empty table; a header with a star is that of a column of numbers."""
@@ -190,6 +209,9 @@ class _View:
             else Column(header, overflow="fold")
             for header in headers
         ]
+        columns[0].header_style = "bold"
+        for column, width in zip(columns[:2], self._first_widths, strict=True):
+            column.min_width = width
         return Table(
             *columns,
             box=box.SIMPLE,
@@ -227,8 +249,16 @@ def _item_cells(row: ItemTotals) -> Iterator[Text]:
         yield Text(f"{count:,}", style=styles.get(field, "") if count else "dim")
 
 
-def _block(table: Table) -> RenderableType:
-    return Padding(table, (1, 0, 0, 2), expand=False)
+def _block(table: Table) -> Iterator[RenderableType]:
+    yield Text()
+    yield Padding(table, (0, 0, 0, 2), expand=False)
+
+
+def _lines(*lines: Text) -> Iterator[RenderableType]:
+    """Return lines below an empty one; they wrap by themselves, without blanks at the end."""
+    yield Text()
+    for line in lines:
+        yield Text("  ") + line
 
 
 def _counted(count: int, noun: str) -> str:

@@ -6,8 +6,6 @@ from opentelemetry.exporter.prometheus import PrometheusMetricReader
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 
-from periscope_otel.server import Page
-
 
 class PrometheusPage:
     """A metric reader and the page that shows what it reads.
@@ -19,7 +17,7 @@ class PrometheusPage:
         self._registry = CollectorRegistry()
         self.reader = PrometheusMetricReader(registry=self._registry)
 
-    def __call__(self, accept: str) -> Page:
-        """Collect, and return the page in the format that the client accepts."""
+    def render(self, accept: str) -> tuple[bytes, str]:
+        """Collect, and return the page and its content type, in a format that the client takes."""
         encode, content_type = choose_encoder(accept)
-        return Page(encode(self._registry), content_type)
+        return encode(self._registry), content_type

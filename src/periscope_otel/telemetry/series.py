@@ -11,7 +11,6 @@ import threading
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 from periscope_otel import guard
-from periscope_otel.redaction import clean_name
 from periscope_otel.telemetry import names
 
 if TYPE_CHECKING:
@@ -80,14 +79,10 @@ class LabelSets:
         return admitted
 
     def _new_series(self, operation: str, feed: str | None) -> Series:
-        wanted = (clean_name(operation), None if feed is None else clean_name(feed))
         with self._lock:
-            key = self._first_with_room(self.by_name, _name_fallbacks(*wanted))
+            key = self._first_with_room(self.by_name, _name_fallbacks(operation, feed))
             series = self._enter(key)
-            if key == wanted and len(self.by_name) < self.limit:
-                # Next time the uncleaned name is found at once.
-                self.by_name.setdefault((operation, feed), series)
-        self._warn_when_other(key == wanted)
+        self._warn_when_other(key == (operation, feed))
         return series
 
     def _label_fallbacks(self, labels: LabelSet) -> Iterator[LabelSet]:

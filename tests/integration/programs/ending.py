@@ -18,7 +18,7 @@ def work():
 def beat(done, number):
     while True:
         with periscope.operation("beat"):
-            time.sleep(0.0005)
+            time.sleep(0.003)
         done[number] += 1
 
 

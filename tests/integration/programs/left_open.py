@@ -1,8 +1,8 @@
 """Leave operations open in every way there is, and end as told."""
 
-import asyncio
 import sys
 import threading
+import types
 
 import periscope_otel as periscope
 
@@ -13,9 +13,14 @@ def items():
     yield 2
 
 
+@types.coroutine
+def suspension():
+    yield
+
+
 @periscope.monitored("coroutine")
 async def fetch():
-    await asyncio.Event().wait()
+    await suspension()
 
 
 def hold(ready):
