@@ -186,7 +186,7 @@ def _new_display() -> Progress:
     console = Console(stderr=True)
     columns: list[ProgressColumn] = [Figures()]
     if console.width >= _WIDTH_FOR_A_BAR:
-        columns.insert(0, BarColumn(bar_width=16))
+        columns.append(BarColumn(bar_width=16))
     return Progress(
         *columns,
         console=console,

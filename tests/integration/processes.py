@@ -44,7 +44,7 @@ class Program:
     """A running program whose standard output is read line by line."""
 
     def __init__(self, script: Path, *args: str, env: dict[str, str] | None = None) -> None:
-        self._stderr = tempfile.TemporaryFile("w+")
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed by close())
         self._process = subprocess.Popen(
             [sys.executable, "-X", "faulthandler", str(script), *args],
             stdin=subprocess.PIPE,

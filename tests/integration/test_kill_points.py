@@ -1,4 +1,4 @@
-"""Killed at random moments, a process loses nothing that had ended, does not hang, and is killed."""
+"""Killed at random moments, a process loses nothing that had ended and does not hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AT_ONCE = 6
 
 
 def test_no_kill_point_loses_what_had_ended(collector: Receiver) -> None:
-    """At each of 200 random kill points all operations that had ended arrive, as span and count."""
+    """At 200 random kill points all operations that had ended arrive, as span and count."""
     seed = secrets.token_hex(4)
     env = {"OTEL_BSP_MAX_QUEUE_SIZE": "50000", "PERISCOPE_SHUTDOWN_TIMEOUT": "30"}
     arguments = (collector.http, seed, str(KILL_POINTS), str(AT_ONCE))

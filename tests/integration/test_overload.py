@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +12,9 @@ from processes import otlp, run
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+
     from otlp import Receiver
 
 QUEUE = {
@@ -39,7 +41,9 @@ def test_the_report_accounts_for_every_span(protocol: str) -> None:
 
 
 @pytest.mark.parametrize("broken", [black_hole, refusing])
-def test_the_metric_agrees_with_the_report(broken: type[ExitStack]) -> None:
+def test_the_metric_agrees_with_the_report(
+    broken: Callable[[], AbstractContextManager[str]],
+) -> None:
     """`periscope.export.items` says of every span what the report says."""
     with broken() as endpoint:
         env = otlp(endpoint, OTEL_EXPORTER_OTLP_TIMEOUT="1", **QUEUE)
@@ -58,7 +62,7 @@ def test_the_metric_agrees_with_the_report(broken: type[ExitStack]) -> None:
 
 
 def test_a_working_collector_gets_what_is_reported_as_exported(collector: Receiver) -> None:
-    """With a queue too small for a burst the Collector has exactly the spans counted as exported."""
+    """With too small a queue the Collector has exactly the spans counted as exported."""
     ended = run("overload", "now", env=otlp(collector.http, **QUEUE))
     told = json.loads(ended.lines[0])
     assert sum(told["report"].values()) == told["emitted"]

@@ -52,8 +52,8 @@ ROOMS = (
     ("telemetry",),
     ("report",),
     ("failure",),
-    ("redaction",),
     ("settings",),
+    ("redaction",),
     ("guard",),
     ("version",),
 )

@@ -71,7 +71,9 @@ def noise(caplog: pytest.LogCaptureFixture) -> list[str]:
 # --- forwarding: the same as the undecorated twin ------------------------------------------------
 
 
-async def scripted(script: list[str], log: list[Any]) -> AsyncIterator[int]:  # noqa: C901
+async def scripted(  # noqa: C901
+    script: list[str], log: list[Any], waits: bool
+) -> AsyncIterator[int]:
     """Yield once for each action; the action is what happens at that yield."""
     log.append("begun")
     for number, action in enumerate(script):
@@ -80,7 +82,8 @@ async def scripted(script: list[str], log: list[Any]) -> AsyncIterator[int]:  # 
             log.append((yield number))
         except GeneratorExit:
             log.append("exit")
-            await one_wait()
+            if waits:
+                await one_wait()
             if action == "exit raises":
                 raise OSError(number) from None
             if action == "return":
@@ -138,21 +141,23 @@ def run_program(generator: Any, program: list[tuple[str, Any]]) -> list[Any]:
 
 
 def assert_like_its_twin(
-    script: list[str], program: list[tuple[str, Any]], finalise: Callable[[], Any] = bool
+    script: list[str], program: list[tuple[str, Any]], stubborn: bool = False
 ) -> None:
     """Run decorated and undecorated, with and without telemetry; compare everything."""
     before = get_current()
     decorated = periscope.monitored("ascripted")(scripted)
+    waits = not stubborn  # what is refused its close is finalised where nothing can wait
     expected_log: list[Any] = []
-    expected = run_program(scripted(script, expected_log), program)
+    expected = run_program(scripted(script, expected_log, waits), program)
     log: list[Any] = []
-    assert run_program(decorated(script, log), program) == expected
+    assert run_program(decorated(script, log, waits), program) == expected
     assert log == expected_log
     with capture_telemetry() as captured:
         log = []
-        assert run_program(decorated(script, log), program) == expected
+        assert run_program(decorated(script, log, waits), program) == expected
         assert log == expected_log
-        finalise()
+        if stubborn:
+            gc.collect()
         assert len(captured.operations("ascripted")) == ("begun" in log)
         assert captured.metric(ACTIVE) == 0
     assert get_current() == before
@@ -195,7 +200,7 @@ def test_a_thrown_generator_exit_goes_as_with_the_twin(script, program):
 @example(["ignore all"] * 2, [("asend", None), ("throw", GeneratorExit), ("asend", 1)])
 def test_a_body_that_ignores_its_exit_goes_as_with_the_twin(script, program):
     """A body that yields when it is closed is refused as it is undecorated."""
-    assert_like_its_twin(script, program, finalise=gc.collect)
+    assert_like_its_twin(script, program, stubborn=True)
 
 
 async def test_a_thrown_exception_is_the_very_same(captured_telemetry):
@@ -479,6 +484,30 @@ def test_dropped_without_an_event_loop(cycle, lock_taker, caplog):
     assert noise(caplog) == []
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # as undecorated
+@pytest.mark.parametrize("captured", [False, True], ids=["no SDK", "SDK"])
+def test_a_clean_up_that_waits_where_nothing_can_wait(captured):
+    """Thrown away in the middle of its clean-up it leaves no context and is no longer active."""
+
+    @periscope.monitored("awaste")
+    async def waste():
+        try:
+            yield 1
+        finally:
+            await one_wait()
+
+    before = get_current()
+    with capture_telemetry() if captured else contextlib.nullcontext() as telemetry:
+        generator = waste()
+        drive(anext(generator))
+        del generator
+        gc.collect()
+        assert get_current() == before
+        if telemetry is not None:
+            assert len(telemetry.operations("awaste")) == 1
+            assert telemetry.metric(ACTIVE) == 0
+
+
 async def test_cancelled_while_the_body_waits(captured_telemetry, caplog):
     """A task cancelled while the body waits ends the operation as cancelled."""
 
@@ -542,16 +571,18 @@ def test_alive_at_the_end_of_the_interpreter():
     code = """if True:
         import asyncio
         import periscope_otel as periscope
+
         @periscope.monitored("acount")
         async def acount():
             yield 1
+
         generator = acount()
-        asyncio.run(anext(generator))
+
+        async def main():
+            await anext(generator)
+
+        asyncio.run(main())
     """
-    code = code.replace("asyncio.run(anext(generator))", "asyncio.run(main())").replace(
-        "generator = acount()",
-        "generator = acount()\n        async def main(): await anext(generator)",
-    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

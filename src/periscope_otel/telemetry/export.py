@@ -136,9 +136,10 @@ class CountedSpanProcessor(BatchSpanProcessor):
 
     @property
     def waiting(self) -> int:
-        """Spans that were queued and have not been handed to the exporter."""
+        """Spans that were queued and of which it is not known yet whether they got out."""
+        counts = self.account.counts()
         with self._accept_lock:
-            return self._accepted - self._counted_exporter.taken
+            return max(0, self._accepted - counts.exported - counts.failed)
 
     @property
     def emitted(self) -> int:
