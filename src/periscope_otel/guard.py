@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -50,17 +51,17 @@ def report(place: str, error: BaseException) -> None:
     if _strict:
         raise error
     if _counted_and_due(place):
-        logger.warning(
-            "periscope-otel contained an error of its own in %s; the call went on without it",
+        _log(
+            "periscope-otel contained an error of its own in %s; the call went on without it: %s",
             place,
-            exc_info=error,
+            _shape_of(error),
         )
 
 
 def warn(place: str, message: str, *args: object) -> None:
     """Log a warning about how the plugin is used, at most once a minute for each place."""
     if _due(place):
-        logger.warning(message, *args)
+        _log(message, *args)
 
 
 @contextmanager
@@ -84,6 +85,24 @@ def reset() -> None:
     _lock = threading.Lock()
     _counts.clear()
     _last_logged.clear()
+
+
+def _log(message: str, *args: object) -> None:
+    try:
+        logger.warning(message, *args)
+    except Exception:  # noqa: BLE001  (a handler of the application's: the call must go on)
+        return
+
+
+def _shape_of(error: BaseException) -> str:
+    """Return an error's type and the last places it passed; its message may hold secrets."""
+    places: deque[str] = deque(maxlen=4)
+    traceback = error.__traceback__
+    while traceback is not None:
+        code = traceback.tb_frame.f_code
+        places.append(f"{code.co_filename}:{traceback.tb_lineno} in {code.co_name}")
+        traceback = traceback.tb_next
+    return f"{type(error).__name__} ({' < '.join(reversed(places))})"
 
 
 def _counted_and_due(place: str) -> bool:

@@ -141,9 +141,29 @@ class ItemLedger:
             self._instruments.settle_items(self._series, outcome, count, reason)
 
 
-CLOSED_LEDGER = ItemLedger(None, None)
-"""Stands for the ledger of operations that settled without one: what comes later is refused."""
-CLOSED_LEDGER.close()
+class _ClosedLedger(ItemLedger):
+    """The ledger of operations that settled without one, and of those of a forked child's parent.
+
+    It takes no lock: the child may have inherited any lock taken.
+    """
+
+    def receive(self, count: int) -> None:
+        _warn_late("received", _checked(count, "received"))
+
+    def convert(self, count: int) -> None:
+        _warn_late("converted", _checked(count, "converted"))
+
+    def settle(self, outcome: str, count: int, reason: str | None = None) -> None:  # noqa: ARG002
+        _warn_late(outcome, _checked(count, outcome))
+
+    def close(self) -> ItemAccount:
+        return ItemAccount()
+
+    account = close
+
+
+CLOSED_LEDGER = _ClosedLedger(None, None)
+"""Refuses what is counted too late or in the wrong process."""
 
 
 def _checked(count: int, what: str) -> int:
@@ -167,8 +187,8 @@ def _checked(count: int, what: str) -> int:
 def _warn_late(what: str, count: int) -> None:
     guard.warn(
         "late items",
-        "%d items were counted as %s after their operation had settled, which had counted them as "
-        "unaccounted: they are left there. Count inside the operation",
+        "%d items were counted as %s after their operation had settled, or in a forked child of "
+        "its process: they are left out. Count inside the operation, in the process that began it",
         count,
         what,
     )

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from opentelemetry.trace import SpanKind
 
 from periscope_otel import guard
 from periscope_otel.registry import register
-from periscope_otel.scope import CallSite, failure_of, finish_raised
+from periscope_otel.scope import CallSite, failure_of, finish_raised, told_of
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -150,7 +151,8 @@ def default_name(function: Callable[..., Any]) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     named = function if hasattr(function, "__qualname__") else type(function)
-    parts = f"{named.__module__}.{named.__qualname__}".split(".")
+    module = getattr(named, "__module__", None) or "builtins"  # a method descriptor has none
+    parts = f"{module}.{named.__qualname__}".split(".")
     return ".".join([part for part in parts if part != "<locals>"][-2:])
 
 
@@ -167,6 +169,8 @@ def wrap(
         wrapper = _wrap_coroutine(function, site, result)
     else:
         wrapper = _wrap_function(function, site, result)
+    if inspect.isfunction(shaped) and shaped.__code__.co_flags & inspect.CO_ITERABLE_COROUTINE:
+        wrapper = types.coroutine(wrapper)
     return functools.wraps(function)(wrapper)
 
 
@@ -186,12 +190,12 @@ def _wrap_function(
         operation = begin(args, kwargs)
         try:
             value = function(*args, **kwargs)
+            if result is not None:
+                _judge(operation, result, value)
+            operation.finish()
         except BaseException as error:
             finish_raised(operation, error)
             raise
-        if result is not None:
-            _judge(operation, result, value)
-        operation.finish()
         return value
 
     return monitored_function
@@ -206,12 +210,12 @@ def _wrap_coroutine(
         operation = begin(args, kwargs)
         try:
             value = await function(*args, **kwargs)
+            if result is not None:
+                _judge(operation, result, value)
+            operation.finish()
         except BaseException as error:
             finish_raised(operation, error)
             raise
-        if result is not None:
-            _judge(operation, result, value)
-        operation.finish()
         return value
 
     return monitored_coroutine
@@ -345,10 +349,9 @@ def _judge(operation: Operation, result: ResultPredicate, value: object) -> None
     """Ask the user's predicate whether a returned value means failure."""
     try:
         verdict = result(value)
+        means_failure = bool(verdict)
     except Exception as error:  # noqa: BLE001  (the user's predicate must not break the call)
-        guard.warn("result predicate", "the callable given as result= raised %r", error)
+        guard.warn("result predicate", "the callable given as result= raised %s", told_of(error))
         return
-    if isinstance(verdict, (str, BaseException)):
-        operation.fail(verdict)
-    elif verdict:
-        operation.fail(value)
+    if means_failure:
+        operation.fail(verdict if isinstance(verdict, (str, BaseException)) else value)

@@ -7,6 +7,7 @@ would have made.
 
 from __future__ import annotations
 
+import copy
 import sys
 import threading
 from typing import TYPE_CHECKING, Any, Self
@@ -29,6 +30,31 @@ if TYPE_CHECKING:
     from periscope_otel.scope import PerCall
 
 
+class _MonitoredBoundFunction(wrapt.BoundFunctionWrapper[..., Any]):
+    """A monitored method of an instance; pickles and copies like the method it stands for."""
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return getattr, (self.__self__, self.__name__)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(copy.deepcopy(self.__self__, memo), self.__name__)
+
+
+class _MonitoredFunction(wrapt.FunctionWrapper[..., Any]):
+    """A monitored function; pickles by name and copies as itself, like the one it stands for."""
+
+    __bound_function_wrapper__ = _MonitoredBoundFunction
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return str(self.__qualname__)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> Self:
+        return self
+
+
 class Patch:
     """One monitored function of somebody else's; a context manager that undoes itself."""
 
@@ -43,9 +69,9 @@ class Patch:
         self.module_name, _, self._path = target.partition(":")
         if not self.module_name or not self._path:
             raise ValueError(f'{target!r} is no target: write it as "package.module:Class.method"')
-        self._name = name
-        self._result = result
-        self._fixed = fixed
+        self.name = name
+        self.result = result
+        self.fixed = fixed
         self.active = True
         self.applied = False
         """Whether the module has been imported and the function replaced."""
@@ -98,8 +124,8 @@ class Patch:
     def _make_wrapper(self, original: Any) -> Any:
         function = getattr(original, "__func__", original)
         refuse_what_is_no_function(function)
-        name = self._name or default_name(function)
-        closure = wrap(function, CallSite(name, function=function, **self._fixed), self._result)
+        name = self.name or default_name(function)
+        closure = wrap(function, CallSite(name, function=function, **self.fixed), self.result)
 
         def call(
             _wrapped: Callable[..., Any],
@@ -111,7 +137,7 @@ class Patch:
                 closure(*args, **kwargs) if instance is None else closure(instance, *args, **kwargs)
             )
 
-        wrapper = wrapt.FunctionWrapper(original, call, enabled=lambda: self.active)
+        wrapper = _MonitoredFunction(original, call, enabled=lambda: self.active)
         if isinstance(name, str):
             register(name, wrapper)
         return wrapper
@@ -158,6 +184,13 @@ def monitor_function(
     with _lock:
         known = _patches.get(target)
         if known is not None:
+            if (known.name, known.result, known.fixed) != (name, result, fixed):
+                guard.warn(
+                    f"patch {target}",
+                    "monitor_function(%r) was called before with other arguments; they stay. "
+                    "Call undo() first to change them",
+                    target,
+                )
             return known
         patch = Patch(target, name, result, fixed)
         module = sys.modules.get(patch.module_name)
@@ -180,6 +213,7 @@ def _contained_apply(patch: Patch) -> Callable[[ModuleType], None]:
         try:
             patch.apply(module)
         except (AttributeError, TypeError) as error:
+            _patches.pop(patch.target, None)  # so that it can be tried again
             guard.warn(f"patch {patch.target}", "monitor_function(%r): %s", patch.target, error)
 
     return apply

@@ -22,6 +22,9 @@ _Item = TypeVar("_Item")
 
 _REDRAW_INTERVAL = 0.1
 _LONGEST_NAME = 26
+_MOST_ENDED = 5
+"""Tracks that have ended and stay on the screen while others go on."""
+
 _WIDTH_FOR_A_BAR = 80
 
 
@@ -159,6 +162,10 @@ def _leave_display() -> None:
         if _users == 0 and _shared is not None:
             _shared.stop()
             _shared = None
+        elif _shared is not None:
+            ended = [task.id for task in _shared.tasks if task.stop_time is not None]
+            for task_id in ended[:-_MOST_ENDED]:
+                _shared.remove_task(task_id)
 
 
 def _new_display() -> Progress:

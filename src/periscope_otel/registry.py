@@ -42,4 +42,4 @@ def registered(name: str) -> Callable[..., Any] | None:
 
 def _origin(function: Callable[..., Any]) -> str:
     named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"
+    return f"{getattr(named, '__module__', None)}.{named.__qualname__}"

@@ -37,6 +37,8 @@ class ExportReport(NamedTuple):
 
     def line(self) -> str:
         """Return the report in one line."""
+        if not self.signals and not self.in_time:
+            return "periscope-otel: the application's own providers were not flushed in time"
         if not self.signals:
             return "periscope-otel: no exporter is configured; nothing was exported"
         exported = ", ".join(
@@ -44,7 +46,7 @@ class ExportReport(NamedTuple):
         )
         lost = [_loss(one) for one in self.signals if one.lost]
         if not lost and not self.in_time:
-            lost = ["some metrics: the time was up"]
+            lost = ["some of what was left at the end"]
         told = f"NOT exported: {'; '.join(lost)}" if lost else "nothing was left"
         return f"periscope-otel: exported {exported}; {told}"
 

@@ -72,17 +72,23 @@ class Runtime:
         self._owns_meter_provider = self.meter_provider is None
         self._processors: list[CountedSpanProcessor] = []
         self._readers: list[ExportingReader] = []
+        self._foreign_readers: list[MetricReader] = []
         self._flush_threads: list[FlushThread] = []
         self._page: PrometheusPage | None = None
         self.server: Server | None = None
         self._pid = os.getpid()
+        self._hooks = ExitHooks(self._end)
         self._reset_end()
         if settings.prometheus is not None:
             self._serve(settings.prometheus.host, settings.prometheus.port)
-        self._wire_traces()
-        self._wire_metrics()
-        self.telemetry = self._use()
-        self._hooks = ExitHooks(self._end)
+        try:
+            self._wire_traces()
+            self._wire_metrics()
+            self.telemetry = self._use()
+        except BaseException:
+            self._close_parts(time.monotonic())
+            raise
+        self._publish()
         self._hooks.install()
 
     @cached_property
@@ -94,12 +100,14 @@ class Runtime:
         """Send everything that has ended, waiting `timeout` seconds at most.
 
         Returns:
-            Whether all was dealt with in time.
+            Whether all was dealt with in time; `report` says what was not exported.
         """
         deadline = time.monotonic() + timeout
-        worker.finish_posted(timeout)
         if not self.telemetry.inherited:
-            self.telemetry.instruments.drain()
+            # In the worker's thread, and not waited for long: a provider that hangs must not use up
+            # the time in which the others are flushed. Every collect drains once more.
+            worker.post(self.telemetry.instruments.drain)
+            worker.finish_posted(timeout / 4)
         return flush_all(self._flushables(), deadline)
 
     def shutdown(self, timeout: float | None = None) -> ExportReport:
@@ -169,8 +177,6 @@ class Runtime:
         if wanted:
             self._processors = pipeline.span_processors(wanted)
             self.tracer_provider = pipeline.build_tracer_provider(self.resource, self._processors)
-            if global_tracer_provider() is None:
-                trace.set_tracer_provider(self.tracer_provider)
             for processor in self._processors:
                 self._flush_threads.append(FlushThread("periscope-spans", processor.force_flush))
 
@@ -181,8 +187,14 @@ class Runtime:
                 self._add_reader(self.meter_provider, self._page.reader)
         else:
             self._build_meter_provider(self.resource, self._page)
-            if self.meter_provider is not None and global_meter_provider() is None:
-                metrics.set_meter_provider(self.meter_provider)
+
+    def _publish(self) -> None:
+        """Make what was built here the global providers, so that other libraries use it too."""
+        tracer_provider, meter_provider = self.tracer_provider, self.meter_provider
+        if self._processors and tracer_provider and global_tracer_provider() is None:
+            trace.set_tracer_provider(tracer_provider)
+        if self._owns_meter_provider and meter_provider and global_meter_provider() is None:
+            metrics.set_meter_provider(meter_provider)
 
     def _build_meter_provider(self, resource: Resource, page: PrometheusPage | None) -> None:
         wanted = pipeline.destinations(
@@ -190,6 +202,10 @@ class Runtime:
         )
         readers = pipeline.metric_readers(wanted)
         self._readers = [reader for reader in readers if isinstance(reader, ExportingReader)]
+        self._foreign_readers = [one for one in readers if not isinstance(one, ExportingReader)]
+        self._flush_threads += [
+            FlushThread("periscope-metrics", one.force_flush) for one in self._foreign_readers
+        ]
         if page is not None:
             readers.append(page.reader)
         if readers:
@@ -224,7 +240,8 @@ class Runtime:
             *(processor.account for processor in self._processors),
             *(reader.account for reader in self._readers),
         )
-        current.telemetry = telemetry
+        current.silenced = False
+        current.install(telemetry)
         worker.start()
         return telemetry
 
@@ -235,10 +252,11 @@ class Runtime:
 
     def _end(self, kind: str) -> None:
         """Called at the end of the process, whatever ends it."""
-        with guard.contained(f"end of the process ({kind})"):
-            for operation in tuple(self.telemetry.live):
+        for operation in tuple(self.telemetry.live):
+            with guard.contained("operation at the end"):
                 if isinstance(operation, Operation):
                     operation.abort()
+        with guard.contained(f"end of the process ({kind})"):
             self.shutdown()
 
     def _reset_end(self) -> None:
@@ -247,8 +265,9 @@ class Runtime:
 
     def _close_parts(self, deadline: float) -> None:
         """Shut down what was built here; what hangs is left behind when the time is up."""
-        if current.telemetry is self.telemetry:
-            current.telemetry = None
+        telemetry = getattr(self, "telemetry", None)
+        if telemetry in (current.telemetry, current.behind):
+            current.install(None)
         self._hooks.remove()
         if self.server is not None:
             self.server.close()
@@ -260,7 +279,9 @@ class Runtime:
             _closed_providers.add(self.tracer_provider)
         if self._owns_meter_provider and self.meter_provider is not None:
             _closed_providers.add(self.meter_provider)
-        closers: list[Callable[[], object]] = [reader.shutdown for reader in self._readers]
+        current.silenced = _only_closed_ones(global_tracer_provider(), global_meter_provider())
+        closers: list[Callable[[], object]] = [reader.stop for reader in self._readers]
+        closers += [reader.shutdown for reader in self._foreign_readers]
         closers += [processor.shutdown for processor in self._processors]
         for close in closers:
             _run_until(deadline, close)
@@ -285,11 +306,14 @@ class Runtime:
     def after_fork(self) -> None:
         """Put right at once, in the child, what cannot wait for its first operation."""
         self._reset_end()
-        self._hooks.restore_signal_handler()
+        self._hooks.after_fork()
         if self.server is not None:
             self.server.after_fork()
             self.server = None
         self._readers = []
+        self._foreign_readers = []
+        if self._processors:
+            pipeline.renew_after_fork(self.tracer_provider)
         for processor in self._processors:
             processor.after_fork()
         for thread in self._flush_threads:
@@ -300,9 +324,10 @@ class Runtime:
         if self._owns_meter_provider:
             self.meter_provider = None
             self._build_meter_provider(pipeline.resource_after_fork(self.resource), None)
+            if self.meter_provider is None:
+                # Nothing exports metrics here; the parent's provider must not be used instead.
+                self.meter_provider = metrics.NoOpMeterProvider()
             current.global_instruments = None
-        else:
-            self.telemetry.instruments.clear()
         self.telemetry = self._use()
         self._hooks.install()
         return self.telemetry
@@ -326,6 +351,12 @@ def _run_until(deadline: float, close: Callable[[], object]) -> None:
 def _usable(provider: _Provider | None) -> _Provider | None:
     """Return a global provider unless it is one of ours that was shut down."""
     return None if provider in _closed_providers else provider
+
+
+def _only_closed_ones(*providers: object) -> bool:
+    """Whether all global providers are ones that were built here and shut down."""
+    found = [provider for provider in providers if provider is not None]
+    return bool(found) and all(provider in _closed_providers for provider in found)
 
 
 _closed_providers: weakref.WeakSet[object] = weakref.WeakSet()

@@ -6,12 +6,18 @@ import inspect
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
-from opentelemetry.context import Context, attach, get_current
+from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
 from periscope_otel import guard
-from periscope_otel.failure import Failure, classify
-from periscope_otel.operation import CANCELLED, OPERATION_KEY, Operation
+from periscope_otel.failure import Failure, classify, message_of
+from periscope_otel.operation import (
+    CANCELLED,
+    OPERATION_KEY,
+    UNOBSERVED,
+    Operation,
+    enclosing_operation,
+)
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attributes, clean_label
 from periscope_otel.telemetry.current import current, discover
@@ -51,6 +57,9 @@ class CallSite:
         attributes: Mapping[str, AttributeValue] | None = None,
         function: Callable[..., Any] | None = None,
     ) -> None:
+        for what, value in (("name", name), ("feed", feed), ("breaker", breaker)):
+            if value is not None and not isinstance(value, str) and not callable(value):
+                raise TypeError(f"{what}= takes a text or a callable, not {type(value).__name__}")
         self._name = (clean_label(name) if isinstance(name, str) else "") or UNNAMED
         self._feed = (clean_label(feed) or None) if isinstance(feed, str) else None
         self._kind = kind
@@ -69,19 +78,22 @@ class CallSite:
     def begin(
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Operation:
-        """Begin an operation and make it the current one; never raises."""
+        """Begin an operation and make it the current one; raises nothing but an interruption."""
         if current.telemetry is None and not self._per_call and discover() is None:
             # Without an SDK this is nearly all that a decorated call costs, so it is spelt out.
-            parent = get_current()
-            enclosing = parent.get(OPERATION_KEY)
+            enclosing = UNOBSERVED.get()
             feed = self._feed
             if feed is None and enclosing is not None:
-                feed = enclosing.feed  # type: ignore[attr-defined]
+                feed = enclosing.feed
             operation = Operation(self._name, feed)
-            operation.token = attach(Context(parent | {OPERATION_KEY: operation}))
+            operation.token = UNOBSERVED.set(operation)
             return operation
-        operation = self.prepare(args, kwargs)
-        operation.enter()
+        operation = Operation(self._name, self._feed)
+        try:
+            self._start(operation, args, kwargs, None, None)
+            operation.enter()
+        except BaseException as error:  # noqa: BLE001
+            _never_begun(operation, error)
         return operation
 
     def prepare(
@@ -91,7 +103,7 @@ class CallSite:
         parent: Context | None = None,
         links: Sequence[Link] | None = None,
     ) -> Operation:
-        """Begin an operation without making it the current one; never raises.
+        """Begin an operation without making it the current one.
 
         Args:
             args: The positional arguments of the call, for what is worked out per call.
@@ -99,26 +111,38 @@ class CallSite:
             parent: The context to begin in; the current one by default.
             links: Spans of other traces that led to this one.
         """
+        operation = Operation(self._name, self._feed)
         try:
-            if parent is None:
-                parent = get_current()
-            name, feed, attributes = self._name, self._feed, self._attributes
-            if self._per_call:
-                name, feed, attributes = self._work_out(args, kwargs or {})
-            if feed is None:
-                feed = _inherited_feed(parent)
-                if feed is not None:
-                    attributes = {**attributes, names.FEED_NAME: feed}
-            telemetry = current.telemetry or discover()
-            operation = Operation(name, feed)
-            if telemetry is None or parent.get(SUPPRESS_KEY):
-                operation.context = Context(parent | {OPERATION_KEY: operation})
-            else:
-                operation.start(telemetry, parent, self._kind, attributes, links)
-        except Exception as error:  # noqa: BLE001
-            guard.report("begin", error)
-            return Operation(self._name, self._feed)
+            self._start(operation, args, kwargs, parent, links)
+        except BaseException as error:  # noqa: BLE001
+            _never_begun(operation, error)
         return operation
+
+    def _start(
+        self,
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        parent: Context | None,
+        links: Sequence[Link] | None,
+    ) -> None:
+        if parent is None:
+            parent = get_current()
+        attributes = self._attributes
+        if self._per_call:
+            operation.name, operation.feed, attributes = self._work_out(args, kwargs or {})
+        if operation.feed is None:
+            enclosing = enclosing_operation(parent)
+            if enclosing is not None and enclosing.feed is not None:
+                operation.feed = enclosing.feed
+                attributes = {**attributes, names.FEED_NAME: enclosing.feed}
+        telemetry = current.telemetry or discover()
+        if telemetry is None:
+            return
+        if parent.get(SUPPRESS_KEY):
+            operation.context = Context(parent | {OPERATION_KEY: operation})
+        else:
+            operation.start(telemetry, parent, self._kind, attributes, links)
 
     def _span_attributes(self, name: str, feed: str | None) -> dict[str, AttributeValue]:
         attributes: dict[str, AttributeValue] = {names.OPERATION_NAME: name, names.OUTCOME: "ok"}
@@ -158,17 +182,31 @@ class CallSite:
         return bound.arguments
 
 
-def _inherited_feed(parent: Context) -> str | None:
-    enclosing = parent.get(OPERATION_KEY)
-    return enclosing.feed if isinstance(enclosing, Operation) else None
+def _never_begun(operation: Operation, error: BaseException) -> None:
+    """Leave nothing behind of an operation whose begin failed, or was interrupted by Ctrl-C."""
+    operation.leave()
+    operation.settle(CANCELLED)
+    if not isinstance(error, Exception):
+        raise error
+    guard.report("begin", error)
 
 
 def _contained_call(what: str, work_out: PerCall, bound: dict[str, Any]) -> object:
     try:
         return work_out(bound)
     except Exception as error:  # noqa: BLE001  (the user's callable must not break the user's call)
-        guard.warn(f"{what} callable", "the callable given as %s= raised %r; left out", what, error)
+        guard.warn(
+            f"{what} callable",
+            "the callable given as %s= raised %s; left out",
+            what,
+            told_of(error),
+        )
         return None
+
+
+def told_of(error: BaseException) -> str:
+    """Return an error of the user's callable as a log line may show it."""
+    return f"{type(error).__name__}: {message_of(error, 200)}"
 
 
 def failure_of(error: BaseException) -> Failure | None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from periscope_otel import guard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+MOST_CLIENTS = 16
+"""Clients answered at the same time; further ones are hung up on."""
 
 REQUEST_TIMEOUT = 10.0
 """Seconds that a client may take to send its request."""
@@ -36,7 +41,10 @@ class Server:
     """
 
     def __init__(self, host: str, port: int, pages: Mapping[str, Callable[[str], Page]]) -> None:
-        self._server = _HTTPServer((host, port), _handler_for(dict(pages)))
+        try:
+            self._server = _server_class(host)((host, port), _handler_for(dict(pages)))
+        except OSError as error:
+            raise OSError(error.errno, f"cannot listen on {host} port {port}: {error}") from None
         self.host = host
         self.port: int = self._server.server_address[1]
         self._thread = threading.Thread(
@@ -59,8 +67,39 @@ class _HTTPServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
+    def __init__(self, *args: Any) -> None:
+        self._free = threading.BoundedSemaphore(MOST_CLIENTS)
+        super().__init__(*args)
+
+    def server_bind(self) -> None:
+        """Bind without the base's look-up of the host's name, which may wait for a DNS server."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, or not at all if too many clients are being answered."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and make room for the next."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002
         guard.warn("http", "a request to the metrics endpoint could not be answered")
+
+
+class _HTTPServer6(_HTTPServer):
+    address_family = socket.AF_INET6
+
+
+def _server_class(host: str) -> type[_HTTPServer]:
+    return _HTTPServer6 if ":" in host else _HTTPServer
 
 
 def _handler_for(pages: Mapping[str, Callable[[str], Page]]) -> type[BaseHTTPRequestHandler]:

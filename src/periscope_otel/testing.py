@@ -135,7 +135,7 @@ class CapturedTelemetry:
             raise AssertionError(f"{len(found)} operations {name!r} have settled; settled: {seen}")
         return found[0]
 
-    def metric(self, name: str, **labels: str) -> float:
+    def metric(self, name: str, /, **labels: str) -> float:
         """Return a metric's value, summed over the label sets that match.
 
         For a histogram that is its count: how many operations there were.
@@ -222,12 +222,13 @@ def capture_telemetry(
     tracer_provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
     tracer_provider.add_span_processor(SimpleSpanProcessor(exporter))
     meter_provider = MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
-    before = current.telemetry
-    current.telemetry = telemetry_on(tracer_provider, meter_provider, clock=clock)
+    worker.start()
+    telemetry = telemetry_on(tracer_provider, meter_provider, clock=clock)
+    before = current.capture(telemetry)
     try:
         yield CapturedTelemetry(exporter, reader)
     finally:
-        current.telemetry = before
+        current.release(telemetry, before)
         worker.finish_posted(_WAIT)
         tracer_provider.shutdown()
         meter_provider.shutdown()

@@ -67,10 +67,9 @@ def test_error_type_becomes_other_first():
     with limited(4) as captured:
         for number in range(10):
             fail("fetch", "urlhaus", f"Error{number}")
-        assert values(captured, DURATION, ERROR_TYPE) == {
-            **{f"Error{number}": 1 for number in range(4)},
-            "other": 1,
-        }
+        kept = set(values(captured, DURATION, ERROR_TYPE)) - {"other"}
+        assert len(kept) == 4
+        assert all(captured.metric(DURATION, error_type=one) == 1 for one in kept)
         assert set(values(captured, DURATION, FEED)) == {"urlhaus"}
         assert captured.metric(DURATION, error_type="other") == 6
         assert captured.metric(DURATION) == 10
@@ -123,7 +122,6 @@ def test_operation_without_a_feed_beyond_the_limit():
                 pass
         assert len(captured.label_sets(DURATION)) < SDK_LIMIT
         assert captured.metric(DURATION) == 2000
-        assert captured.metric(DURATION, operation_name="operation0") == 1
 
 
 def test_spans_keep_their_own_values():

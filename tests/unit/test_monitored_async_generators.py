@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import gc
 import inspect
 import logging
@@ -16,7 +17,6 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from opentelemetry import trace
-from opentelemetry.context import get_current
 from test_monitored_generators import (
     ACTIONS,
     CONSUMER,
@@ -27,6 +27,7 @@ from test_monitored_generators import (
     lock_taker,
     own_seconds,
     programs,
+    where,
 )
 
 import periscope_otel as periscope
@@ -131,12 +132,12 @@ def run_command(generator: Any, command: str, value: Any) -> tuple[Any, ...]:
 
 def run_program(generator: Any, program: list[tuple[str, Any]]) -> list[Any]:
     """Run a program and then close until the generator is at its end."""
-    before = get_current()
+    before = where()
     results: list[Any] = []
     for command, value in [*program, *[("close", None)] * 12]:
         results.append(run_command(generator, command, value))
         results.append((generator.ag_frame is None, generator.ag_running))
-    assert get_current() == before
+    assert where() == before
     return results
 
 
@@ -144,7 +145,7 @@ def assert_like_its_twin(
     script: list[str], program: list[tuple[str, Any]], stubborn: bool = False
 ) -> None:
     """Run decorated and undecorated, with and without telemetry; compare everything."""
-    before = get_current()
+    before = where()
     decorated = periscope.monitored("ascripted")(scripted)
     waits = not stubborn  # what is refused its close is finalised where nothing can wait
     expected_log: list[Any] = []
@@ -160,7 +161,7 @@ def assert_like_its_twin(
             gc.collect()
         assert len(captured.operations("ascripted")) == ("begun" in log)
         assert captured.metric(ACTIVE) == 0
-    assert get_current() == before
+    assert where() == before
 
 
 def aprograms(thrown: list[type[BaseException]]) -> st.SearchStrategy[list[tuple[str, Any]]]:
@@ -266,7 +267,7 @@ async def test_as_a_context_manager(error, captured_telemetry):
 
 async def test_attached_only_while_the_body_runs(captured_telemetry):
     """In the body, also after it waited, the operation is current; in the consumer's loop not."""
-    before = get_current()
+    before = where()
 
     @periscope.monitored("aparse", feed="misp")
     async def parse():
@@ -278,11 +279,11 @@ async def test_attached_only_while_the_body_runs(captured_telemetry):
             yield number
 
     async for _ in parse():
-        assert get_current() == before
+        assert where() == before
         assert not trace.get_current_span().get_span_context().is_valid
         async with periscope.operation("consume"):
             await asyncio.sleep(0)
-    assert get_current() == before
+    assert where() == before
     parsed = captured_telemetry.operation("aparse")
     assert all(one.is_child_of(parsed) for one in captured_telemetry.operations("body"))
     consumed = captured_telemetry.operations("consume")
@@ -311,9 +312,9 @@ async def test_what_the_body_made_current_is_so_after_a_yield(captured_telemetry
                 yield 2
         assert periscope.current_operation().name == "aparse"
 
-    before = get_current()
+    before = where()
     async for _ in parse():
-        assert get_current() == before
+        assert where() == before
     page = captured_telemetry.operation("page")
     assert page.is_child_of(captured_telemetry.operation("aparse"))
     assert captured_telemetry.operation("row").is_child_of(page)
@@ -322,10 +323,10 @@ async def test_what_the_body_made_current_is_so_after_a_yield(captured_telemetry
 async def test_steps_in_different_tasks(captured_telemetry, caplog):
     """Each step may run in another task: nothing leaks there, nothing is logged."""
     generator = acount(3)
-    before = get_current()
+    before = where()
     results = [await asyncio.create_task(anext(generator, None)) for _ in range(4)]
     assert results == [0, 1, 2, None]
-    assert get_current() == before
+    assert where() == before
     assert captured_telemetry.operation("acount").outcome == "ok"
     assert noise(caplog) == []
 
@@ -336,7 +337,7 @@ async def test_steps_in_different_tasks(captured_telemetry, caplog):
 @pytest.mark.parametrize("end", ["drop", "close", "throw"])
 async def test_never_iterated_leaves_nothing(end, captured_telemetry):
     """An async generator that is never iterated leaves no span, no count and no context."""
-    before = get_current()
+    before = where()
     generator = acount()
     if end == "close":
         await generator.aclose()
@@ -345,7 +346,7 @@ async def test_never_iterated_leaves_nothing(end, captured_telemetry):
             await generator.athrow(KeyError())
     del generator
     await turns()
-    assert get_current() == before
+    assert where() == before
     assert captured_telemetry.spans == []
     assert captured_telemetry.metric(DURATION) == 0
     assert captured_telemetry.metric(ACTIVE) == 0
@@ -443,10 +444,10 @@ def test_dropped_half_way_is_ok_once(drop, captured_telemetry, caplog):
             await asyncio.sleep(0)
             done.append("closed")
 
-    before = get_current()
+    before = where()
     run_loop(drop, dropped)
     assert done == ["closed"]
-    assert get_current() == before
+    assert where() == before
     assert captured_telemetry.operation("adropped").outcome == "ok"
     assert captured_telemetry.operation("adropped").exceptions == []
     assert captured_telemetry.metric(DURATION) == 1
@@ -496,16 +497,19 @@ def test_a_clean_up_that_waits_where_nothing_can_wait(captured):
         finally:
             await one_wait()
 
-    before = get_current()
-    with capture_telemetry() if captured else contextlib.nullcontext() as telemetry:
-        generator = waste()
-        drive(anext(generator))
-        del generator
-        gc.collect()
-        assert get_current() == before
-        if telemetry is not None:
-            assert len(telemetry.operations("awaste")) == 1
-            assert telemetry.metric(ACTIVE) == 0
+    def throw_away() -> None:
+        before = where()
+        with capture_telemetry() if captured else contextlib.nullcontext() as telemetry:
+            generator = waste()
+            drive(anext(generator))
+            del generator
+            gc.collect()
+            assert where() == before
+            if telemetry is not None:
+                assert len(telemetry.operations("awaste")) == 1
+                assert telemetry.metric(ACTIVE) == 0
+
+    contextvars.copy_context().run(throw_away)
 
 
 async def test_cancelled_while_the_body_waits(captured_telemetry, caplog):

@@ -62,9 +62,13 @@ def on_terminal(code: str, columns: int = 80) -> Screen:
 
     thread = threading.Thread(target=read)
     thread.start()
-    stdout, _ = process.communicate(timeout=60)
-    thread.join()
-    os.close(reader)
+    try:
+        stdout, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()  # does nothing to one that has ended
+        process.communicate()
+        thread.join()
+        os.close(reader)
     return Screen(process.returncode, stdout.decode(), b"".join(drawn).decode())
 
 
@@ -282,6 +286,22 @@ def test_hostile_names_do_no_harm(name):
         assert screen.lines[-1].startswith(":warning:")
 
 
+def test_finished_tracks_do_not_pile_up():
+    """After a hundred tracks inside of one, the display is still no taller than the terminal."""
+    screen = on_terminal(
+        """
+        from periscope_otel import operation
+        with operation("fetch") as outer:
+            for _ in outer.track(range(100)):
+                with operation("store") as inner:
+                    list(inner.track([1]))
+        """
+    )
+    assert screen.status == 0
+    assert "100/100" in screen.last("fetch")
+    assert screen.raw[screen.raw.rindex("\x1b[2K") :].count("\n") <= 24
+
+
 def test_many_threads_share_the_terminal():
     """Tracks of several threads at once all count exactly and disturb nothing."""
     screen = on_terminal(
@@ -294,7 +314,7 @@ def test_many_threads_share_the_terminal():
         start = threading.Barrier(8)
         def work(number):
             start.wait()
-            for turn in range(60):
+            for turn in range(20):
                 with operation(f"fetch{number}") as op:
                     for _ in op.track(range(5)):
                         pass
@@ -304,7 +324,7 @@ def test_many_threads_share_the_terminal():
             thread.start()
         for thread in threads:
             thread.join()
-        assert counted == [5] * 480, counted
+        assert counted == [5] * 160, counted
         """
     )
     assert screen.status == 0, screen.raw[-500:]

@@ -28,11 +28,10 @@ def test_without_a_thread_posted_work_waits():
     worker, ran = Worker(), []
     worker.post(lambda: ran.append(1))
     assert not worker.alive
-    assert worker.has_posted()
     assert ran == []
     worker.run_posted()
+    worker.run_posted()
     assert ran == [1]
-    assert not worker.has_posted()
 
 
 def test_finish_runs_the_work_where_there_is_no_thread():
@@ -151,7 +150,8 @@ def test_after_fork_it_starts_again():
     worker.post(lambda: ran.append("parent's"))
     worker.after_fork()
     assert not worker.alive
-    assert not worker.has_posted()
+    worker.run_posted()
+    assert ran == []
     worker.start()
     worker.post(lambda: ran.append("child's"))
     assert worker.finish_posted(10)

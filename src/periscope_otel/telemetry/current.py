@@ -61,7 +61,6 @@ class Telemetry:
         """Return the telemetry to use in a forked child, with nothing of the parent's counts."""
         if self._renew is not None:
             return self._renew()
-        self.instruments.clear()
         return Telemetry(self.tracer, self.instruments, clock=self.clock)
 
 
@@ -70,6 +69,11 @@ class _Current:
 
     def __init__(self) -> None:
         self.telemetry: Telemetry | None = None
+        self.silenced = False
+        """True once the global providers are ones that were built here and are shut down."""
+        self.captured: Telemetry | None = None
+        self.behind: Telemetry | None = None
+        """In a test that captures telemetry: what it uses, and what is in use behind it."""
         self.forked: Telemetry | None = None
         """In the child of a fork until its first operation: what it inherited."""
         self.lock = threading.RLock()
@@ -81,6 +85,27 @@ class _Current:
         trace.get_tracer_provider()
         metrics.get_meter_provider()
 
+    def install(self, telemetry: Telemetry | None) -> None:
+        """Use `telemetry` from now on; in a test that captures, once it has ended."""
+        if self.captured is None:
+            self.telemetry = telemetry
+        else:
+            self.behind = telemetry
+
+    def capture(self, telemetry: Telemetry) -> Telemetry | None:
+        """Use a test's telemetry until `release`; returns what that needs."""
+        before = self.captured
+        if before is None:
+            self.behind = self.telemetry
+        self.captured = self.telemetry = telemetry
+        return before
+
+    def release(self, telemetry: Telemetry, before: Telemetry | None) -> None:
+        """Use again what was in use before, or what was installed in the meantime."""
+        if self.captured is telemetry:
+            self.captured = before
+            self.telemetry = self.behind if before is None else before
+
 
 current = _Current()
 
@@ -89,13 +114,20 @@ def discover() -> Telemetry | None:
     """Return the telemetry to use, made now if the application has set a provider since."""
     if current.forked is not None:
         return _renewed()
+    if current.silenced:
+        return None
     # The API has no cheap public test for "no provider yet"; its getters read the environment on
     # every call, which costs more than all the rest of an operation without an SDK.
     if trace._TRACER_PROVIDER is None and metrics_api._METER_PROVIDER is None:
         return current.telemetry
     with current.lock:
         if current.telemetry is None:
-            current.telemetry = telemetry_on()
+            try:
+                current.telemetry = telemetry_on()
+                worker.start()
+            except Exception as error:  # noqa: BLE001  (a provider that is not what the API says)
+                current.silenced = True
+                guard.report("global providers", error)
         return current.telemetry
 
 
@@ -137,6 +169,7 @@ def _instruments_on(provider: MeterProvider | None, label_limit: int) -> Instrum
         known = current.instruments.get(provider)
         if known is None:
             known = current.instruments[provider] = _new_instruments(provider, label_limit)
+        known.labels.limit = label_limit
         return known
 
 
@@ -152,6 +185,7 @@ def _renewed() -> Telemetry | None:
         if current.forked is not None:
             with guard.contained("telemetry after fork"):
                 current.telemetry = current.forked.renewed()
+                worker.start()
             current.forked = None
         return current.telemetry
 
@@ -160,9 +194,14 @@ def _after_fork_in_child() -> None:
     current.lock = threading.RLock()
     guard.reset()
     worker.after_fork()
-    if current.telemetry is not None:
-        current.telemetry.inherited = True
-        current.forked, current.telemetry = current.telemetry, None
+    inherited = current.telemetry
+    if inherited is not None:
+        inherited.inherited = True
+        for operation in inherited.live:
+            operation.orphan()
+        # The parent's threads may have held any of its locks; the counts are the parent's.
+        inherited.instruments.clear()
+        current.forked, current.telemetry = inherited, None
 
 
 if hasattr(os, "register_at_fork"):

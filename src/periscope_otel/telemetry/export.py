@@ -141,12 +141,6 @@ class CountedSpanProcessor(BatchSpanProcessor):
         with self._accept_lock:
             return max(0, self._accepted - counts.exported - counts.failed)
 
-    @property
-    def emitted(self) -> int:
-        """Sampled spans that ended."""
-        with self._accept_lock:
-            return self._accepted + self.account.counts().dropped
-
     def after_fork(self) -> None:
         """Forget the parent's spans, connections and counts; the SDK empties the queue itself."""
         self._accept_lock = threading.Lock()

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from periscope_otel import guard
@@ -102,10 +103,13 @@ class ExitHooks:
 
     def __init__(self, at_end: Callable[[str], None]) -> None:
         self._at_end = at_end
-        self._sigterms: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._pid = os.getpid()
+        self._terminated = False
+        self._pipe: tuple[int, int] | None = None
 
     def install(self) -> None:
         """Register for every kind of end that can be had in this process."""
+        self._pid = os.getpid()
         atexit.register(self._exit)
         self._install_signal_handler()
         self.watch_multiprocessing()
@@ -113,8 +117,9 @@ class ExitHooks:
     def remove(self) -> None:
         """Undo `install`."""
         atexit.unregister(self._exit)
-        self.restore_signal_handler()
-        self._sigterms.put(False)
+        # Elsewhere the handler cannot be put back: it stays, and so does the thread behind it.
+        if threading.current_thread() is threading.main_thread():
+            self._restore_signal_handler()
 
     def watch_multiprocessing(self) -> None:
         """Be told when this process ends, if it is a multiprocessing child."""
@@ -125,8 +130,19 @@ class ExitHooks:
 
         util.Finalize(None, self._at_end, args=("end of a multiprocessing child",), exitpriority=10)
 
+    def after_fork(self) -> None:
+        """Put right in the child what it inherited; hooks of its own come with `install`."""
+        self._terminated = False
+        self._restore_signal_handler()
+        util = sys.modules.get("multiprocessing.util")
+        if util is not None:
+            # A multiprocessing child forgets, at its start, what was registered for its end.
+            util.register_after_fork(self, ExitHooks.watch_multiprocessing)
+
     def _exit(self) -> None:
         self._at_end("exit")
+        if self._terminated:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _install_signal_handler(self) -> None:
         # Only the main thread may; and a handler of the application's own wins, before or after.
@@ -134,27 +150,66 @@ class ExitHooks:
             return
         if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
-        self._sigterms = queue.SimpleQueue()
-        threading.Thread(target=self._wait_for_sigterm, name="periscope-exit", daemon=True).start()
+        reader, writer = self._pipe = os.pipe()
+        os.set_blocking(writer, False)
+        threading.Thread(
+            target=self._wait_for_sigterm, args=(reader,), name="periscope-exit", daemon=True
+        ).start()
         signal.signal(signal.SIGTERM, self._on_sigterm)
+        # The interpreter itself writes the signal's number as it arrives. A handler alone may be
+        # called late or never: the main thread must first come back from what it waits for.
+        before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        if before != -1:
+            signal.set_wakeup_fd(before)
 
-    def restore_signal_handler(self) -> None:
-        """Put the default action back, if the handler is still ours."""
-        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
-            with guard.contained("signal handler"):
+    def _restore_signal_handler(self) -> None:
+        """Put the default action back, if the handler is still ours, and end its thread."""
+        if self._pipe is None:
+            return
+        (reader, writer), self._pipe = self._pipe, None
+        with guard.contained("signal handler"):
+            if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            before = signal.set_wakeup_fd(-1)
+            if before not in (-1, writer):
+                signal.set_wakeup_fd(before)
+        os.close(writer)
+        if self._pid != os.getpid():
+            os.close(reader)  # in the child of a fork, which has no thread to do it
 
-    def _on_sigterm(self, _number: int, _frame: object) -> None:
+    def _on_sigterm(self, number: int, _frame: object) -> None:
         # The interrupted code may hold any lock, so nothing is flushed here: a thread that waits
         # for this does it and sends the signal again, so that the exit status is still "killed by
-        # SIGTERM". The queue's put is reentrant by design.
+        # SIGTERM".
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        self._sigterms.put(True)
-
-    def _wait_for_sigterm(self) -> None:
-        if not self._sigterms.get():
+        if self._pid != os.getpid() or self._pipe is None:
+            os.kill(os.getpid(), number)
             return
-        try:
-            self._at_end("SIGTERM")
-        finally:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._terminated = True
+        with suppress(OSError):
+            os.write(self._pipe[1], bytes([number]))
+
+    def _wait_for_sigterm(self, reader: int) -> None:
+        while arrived := os.read(reader, 64):
+            ours = self._terminated or signal.getsignal(signal.SIGTERM) == self._on_sigterm
+            if signal.SIGTERM in arrived and ours:
+                try:
+                    self._at_end("SIGTERM")
+                finally:
+                    self._die()
+        os.close(reader)
+
+    def _die(self) -> None:
+        """End the process by SIGTERM with its default action, which only the main thread can set.
+
+        A signal that arrives just before the main thread blocks does not wake it: hence the loop.
+        """
+        main = threading.main_thread().ident
+        while main is not None and signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.pthread_kill(main, signal.SIGTERM)
+            time.sleep(_NUDGE_INTERVAL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+_NUDGE_INTERVAL = 0.02
+"""Seconds between two attempts to wake the main thread."""

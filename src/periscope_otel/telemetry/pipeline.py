@@ -57,6 +57,10 @@ class _HashedResource(Resource):
     def __eq__(self, other: object) -> bool:
         return self is other or super().__eq__(other)
 
+    def merge(self, other: Resource) -> Resource:
+        merged = super().merge(other)
+        return _HashedResource(merged.attributes, merged.schema_url)
+
 
 def resource_of(service_name: str | None) -> Resource:
     """Return the resource that telemetry is about: service, host and process.
@@ -86,6 +90,13 @@ def resource_after_fork(inherited: Resource) -> Resource:
     return inherited.merge(Resource(mine))
 
 
+def renew_after_fork(provider: object) -> None:
+    """Make the spans of a forked child about its own process, as far as the SDK does not."""
+    update = getattr(provider, "_update_resource", None)
+    if update is not None:
+        update(Resource({"process.pid": os.getpid()}))
+
+
 def destinations(signal: str, endpoint: str | None, protocol: str | None) -> list[Destination]:
     """Return where a signal goes; nowhere unless an argument or the environment says so.
 
@@ -95,12 +106,13 @@ def destinations(signal: str, endpoint: str | None, protocol: str | None) -> lis
         protocol: `grpc` or `http/protobuf`; by default OTEL_EXPORTER_OTLP_PROTOCOL, then gRPC on
             port 4317 and HTTP elsewhere.
     """
-    if endpoint is not None:
+    if endpoint:
         return [_otlp(signal, endpoint, protocol or _protocol_of(signal, endpoint))]
-    named = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER")
-    if named is None:
+    # An empty variable is one that is not set (OpenTelemetry specification, environment variables).
+    named = os.environ.get(f"OTEL_{signal.upper()}_EXPORTER", "").strip()
+    if not named:
         configured = _endpoint_in_environment(signal)
-        if configured is None:
+        if not configured:
             return []
         return [_otlp(signal, None, protocol or _protocol_of(signal, configured))]
     found = [name.strip() for name in named.split(",")]
@@ -137,6 +149,13 @@ def _grpc_exporter(signal: str, endpoint: str | None) -> Any:
 
 
 def _http_exporter(signal: str, url: str | None) -> Any:
+    # What requests imports only when it first sends must be there before a thread does: a child
+    # forked in the middle of an import waits for ever for the lock of that import.
+    import encodings.idna
+    import netrc
+    import stringprep
+
+    _ = (encodings.idna, netrc, stringprep)
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 

@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
 from opentelemetry.context import attach, detach, set_value
-from opentelemetry.sdk.metrics.export import MetricExporter, MetricReader, MetricsData
+from opentelemetry.sdk.metrics.export import (
+    MetricExporter,
+    MetricExportResult,
+    MetricReader,
+    MetricsData,
+)
 
 from periscope_otel import guard
+from periscope_otel.redaction import clean_name
 
 if TYPE_CHECKING:
     from periscope_otel.telemetry.export import ExportAccount
@@ -46,6 +52,7 @@ class ExportingReader(MetricReader):
         self._wake = threading.Condition()
         self._asked = 0
         self._done = 0
+        self._succeeded = True
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="periscope-metrics", daemon=True)
         self._thread.start()
@@ -57,10 +64,11 @@ class ExportingReader(MetricReader):
             self._wake.notify_all()
 
     def wait_flushed(self, timeout: float) -> bool:
-        """Wait for the export asked for last; returns whether it ended within `timeout` seconds."""
+        """Wait up to `timeout` seconds for the export asked for last; returns whether it worked."""
         with self._wake:
             asked = self._asked
-            return self._wake.wait_for(lambda: self._done >= asked, timeout)
+            self._wake.wait_for(lambda: self._stopping or self._done >= asked, timeout)
+            return self._done >= asked and self._succeeded
 
     def force_flush(self, timeout_millis: float = 10_000) -> bool:
         """Collect and export now, waiting `timeout_millis` at most; for the provider."""
@@ -68,11 +76,18 @@ class ExportingReader(MetricReader):
         return self.wait_flushed(timeout_millis / 1e3)
 
     def shutdown(self, timeout_millis: float = 30_000, **_kwargs: Any) -> None:
+        """Export a last time within `timeout_millis`, and stop; for a provider that shuts down."""
+        if not self._stopping:
+            self.force_flush(timeout_millis)
+        self.stop()
+
+    def stop(self) -> None:
         """End the thread after what it is doing; nothing more is exported."""
         with self._wake:
-            self._stopping = True
+            already, self._stopping = self._stopping, True
             self._wake.notify_all()
-        self._exporter.shutdown(timeout_millis=timeout_millis)
+        if not already:
+            self._exporter.shutdown()
 
     def _run(self) -> None:
         while True:
@@ -83,6 +98,7 @@ class ExportingReader(MetricReader):
                 if self._stopping:
                     return
                 asked = self._asked
+            self._succeeded = False
             with guard.contained("metric export"):
                 self.collect()
             with self._wake:
@@ -96,11 +112,11 @@ class ExportingReader(MetricReader):
         token = attach(set_value(SUPPRESS_KEY, True))
         try:
             result = self._exporter.export(metrics_data, timeout_millis=timeout_millis)
-            self.account.add(exported=result.name == "SUCCESS", count=points)
+            self._succeeded = result is MetricExportResult.SUCCESS
         except Exception as error:  # noqa: BLE001  (an exporter must not end the thread)
-            self.account.add(exported=False, count=points)
-            guard.warn("metric exporter", "exporting metrics raised %r", error)
+            guard.warn("metric exporter", "exporting metrics raised %s", type(error).__name__)
         finally:
+            self.account.add(exported=self._succeeded, count=points)
             detach(token)
 
 
@@ -114,7 +130,15 @@ def _points_in(metrics_data: MetricsData) -> int:
 
 
 def _interval_from_environment() -> float:
-    try:
-        return float(os.environ.get("OTEL_METRIC_EXPORT_INTERVAL", "")) / 1e3 or DEFAULT_INTERVAL
-    except ValueError:
+    text = os.environ.get("OTEL_METRIC_EXPORT_INTERVAL", "").strip()
+    if not text:
         return DEFAULT_INTERVAL
+    try:
+        seconds = float(text) / 1e3
+    except ValueError:
+        seconds = 0.0
+    if 0.0 < seconds <= threading.TIMEOUT_MAX:  # false for NaN too
+        return seconds
+    guard.warn("metric interval", "OTEL_METRIC_EXPORT_INTERVAL=%.40s is no number of "
+               "milliseconds; %g s are used", clean_name(text), DEFAULT_INTERVAL)  # fmt: skip
+    return DEFAULT_INTERVAL

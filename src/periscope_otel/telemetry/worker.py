@@ -50,10 +50,6 @@ class Worker:
         """Have `task` run soon; safe in finalisers and signal handlers."""
         self._queue.put(task)
 
-    def has_posted(self) -> bool:
-        """Whether work waits."""
-        return not self._queue.empty()
-
     def run_posted(self) -> None:
         """Run in this thread what waits; for callers that hold no lock."""
         while True:
