@@ -46,7 +46,7 @@ class ExportReport(NamedTuple):
         )
         lost = [_loss(one) for one in self.signals if one.lost]
         if not lost and not self.in_time:
-            lost = ["some of what was left at the end"]
+            lost = ["some metrics"]
         told = f"NOT exported: {'; '.join(lost)}" if lost else "nothing was left"
         return f"periscope-otel: exported {exported}; {told}"
 

@@ -13,7 +13,7 @@ from periscope_otel import guard
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-MOST_CLIENTS = 16
+MOST_CLIENTS = 64
 """Clients answered at the same time; further ones are hung up on."""
 
 REQUEST_TIMEOUT = 10.0

@@ -273,7 +273,7 @@ class Instruments:
 
 
 def _exemplar_bucket(settled: Settled) -> tuple[object, ...] | None:
-    """Return the point and bucket that an exemplar would be kept in; None without a sampled span."""
+    """Return the point and bucket that an exemplar is kept in; None without a sampled span."""
     span_context = settled[4]
     if span_context is None or not span_context.trace_flags.sampled:
         return None
