@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
     from periscope_otel.server import Server
-    from periscope_otel.telemetry.export import CountedSpanProcessor
+    from periscope_otel.telemetry.export import CountedSpanProcessor, ForkGate
 
 logger = logging.getLogger("periscope_otel")
 
@@ -303,6 +303,11 @@ class Runtime:
 
     # The child of a fork.
 
+    def gates(self) -> list[ForkGate]:
+        """What a fork waits for; only gRPC needs it."""
+        gates = [one.gate for one in self._processors if one.account.fork_waits]
+        return gates + [one.gate for one in self._readers if one.account.fork_waits]
+
     def after_fork(self) -> None:
         """Put right at once, in the child, what cannot wait for its first operation."""
         self._reset_end()
@@ -310,6 +315,8 @@ class Runtime:
         if self.server is not None:
             self.server.after_fork()
             self.server = None
+        for reader in self._readers:
+            reader.left_to_the_parent()
         self._readers = []
         self._foreign_readers = []
         if self._processors:
@@ -455,6 +462,18 @@ def _warn_of_differences(
         )
 
 
+def _before_fork() -> None:
+    if _runtime is not None and not _runtime.closed:
+        for gate in _runtime.gates():
+            gate.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    if _runtime is not None:
+        for gate in _runtime.gates():
+            gate.after_fork_in_parent()
+
+
 def _after_fork_in_child() -> None:
     global _lock
     _lock = threading.Lock()
@@ -464,4 +483,8 @@ def _after_fork_in_child() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork_in_parent,
+        after_in_child=_after_fork_in_child,
+    )

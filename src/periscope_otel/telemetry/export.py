@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from typing import TYPE_CHECKING, NamedTuple
@@ -31,11 +32,13 @@ class ExportAccount:
     Args:
         signal: `spans` or `metrics`.
         destination: Where it goes, as a person would name it; free of secrets.
+        fork_waits: Whether a fork should wait a moment for an export that is under way.
     """
 
-    def __init__(self, signal: str, destination: str) -> None:
+    def __init__(self, signal: str, destination: str, *, fork_waits: bool = False) -> None:
         self.signal = signal
         self.destination = destination
+        self.fork_waits = fork_waits
         self.clear()
 
     def clear(self) -> None:
@@ -64,6 +67,45 @@ class ExportAccount:
             return ExportCounts(self._exported, self._failed, self._dropped)
 
 
+class ForkGate:
+    """Lets a fork wait a moment for an export that is under way.
+
+    gRPC's core does not survive a fork in the middle of a call: the child's own calls may then wait
+    for ever. The wait is short, since the application's fork must not be held up by a Collector
+    that does not answer.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._forking: int | None = None
+        """The thread that forks; two may at once."""
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def before_fork(self) -> None:
+        """Wait for the export under way, `FORK_WAIT` seconds at most, and let no other begin."""
+        if self._lock.acquire(timeout=FORK_WAIT):
+            self._forking = threading.get_ident()
+
+    def after_fork_in_parent(self) -> None:
+        """Let exports begin again."""
+        if self._forking == threading.get_ident():
+            self._forking = None
+            self._lock.release()
+
+    def after_fork_in_child(self) -> None:
+        """Start anew."""
+        self.__init__()  # type: ignore[misc]
+
+
+FORK_WAIT = 0.05
+"""Seconds that a fork waits at most for an export by gRPC that is under way."""
+
+
 class CountedSpanExporter(SpanExporter):
     """Passes spans to an exporter that is made when first needed, and anew in a forked child.
 
@@ -74,6 +116,7 @@ class CountedSpanExporter(SpanExporter):
         self._make = make
         self._exporter: SpanExporter | None = make()
         self._account = account
+        self.gate = ForkGate()
         self.taken = 0
         """Spans that have left the queue."""
 
@@ -84,7 +127,8 @@ class CountedSpanExporter(SpanExporter):
         try:
             if self._exporter is None:
                 self._exporter = self._make()
-            result = self._exporter.export(spans)
+            with self.gate:
+                result = self._exporter.export(spans)
             exported = result is SpanExportResult.SUCCESS
         finally:
             self._account.add(exported=exported, count=len(spans))
@@ -92,7 +136,9 @@ class CountedSpanExporter(SpanExporter):
 
     def after_fork(self) -> None:
         """Forget the parent's exporter and counts."""
+        keep_for_ever(self._exporter)
         self._exporter = None
+        self.gate.after_fork_in_child()
         self.taken = 0
 
     def shutdown(self) -> None:
@@ -117,6 +163,7 @@ class CountedSpanProcessor(BatchSpanProcessor):
         self._room = _queue_size_from_environment()
         super().__init__(self._counted_exporter, max_queue_size=self._room)
         self.account = account
+        self.gate = self._counted_exporter.gate
         self._accepted = 0
         self._accept_lock = threading.Lock()
 
@@ -147,6 +194,14 @@ class CountedSpanProcessor(BatchSpanProcessor):
         self._accepted = 0
         self.account.clear()
         self._counted_exporter.after_fork()
+
+
+def keep_for_ever(inherited: object) -> None:
+    """Keep what a child inherited from being freed, even at the end of its interpreter.
+
+    A gRPC channel that is freed says goodbye on its connection, which is still the parent's.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
 
 
 def _queue_size_from_environment() -> int:

@@ -38,6 +38,7 @@ class Destination(NamedTuple):
 
     name: str
     make: Callable[[], Any]
+    is_grpc: bool = False
 
 
 class _HashedResource(Resource):
@@ -136,7 +137,7 @@ def _otlp(signal: str, endpoint: str | None, protocol: str) -> Destination:
     """Return an OTLP destination; without `endpoint` the exporter reads the environment itself."""
     shown = redact(endpoint or _endpoint_in_environment(signal) or "the default OTLP endpoint")
     if protocol == GRPC:
-        return Destination(shown, lambda: _grpc_exporter(signal, endpoint))
+        return Destination(shown, lambda: _grpc_exporter(signal, endpoint), is_grpc=True)
     url = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/{signal}"
     return Destination(shown, lambda: _http_exporter(signal, url))
 
@@ -177,7 +178,10 @@ def _by_name(signal: str, name: str, protocol: str | None) -> Destination:
 
 def span_processors(wanted: Sequence[Destination]) -> list[CountedSpanProcessor]:
     """Return a counted batch processor for each destination."""
-    return [CountedSpanProcessor(to.make, ExportAccount("spans", to.name)) for to in wanted]
+    return [
+        CountedSpanProcessor(to.make, ExportAccount("spans", to.name, fork_waits=to.is_grpc))
+        for to in wanted
+    ]
 
 
 def build_tracer_provider(
@@ -205,5 +209,6 @@ def metric_readers(wanted: Sequence[Destination]) -> list[MetricReader]:
         if isinstance(made, MetricReader):
             readers.append(made)
         else:
-            readers.append(ExportingReader(made, ExportAccount("metrics", to.name)))
+            account = ExportAccount("metrics", to.name, fork_waits=to.is_grpc)
+            readers.append(ExportingReader(made, account))
     return readers

@@ -22,6 +22,7 @@ from opentelemetry.sdk.metrics.export import (
 
 from periscope_otel import guard
 from periscope_otel.redaction import clean_name
+from periscope_otel.telemetry.export import ForkGate, keep_for_ever
 
 if TYPE_CHECKING:
     from periscope_otel.telemetry.export import ExportAccount
@@ -48,6 +49,7 @@ class ExportingReader(MetricReader):
         )
         self._exporter = exporter
         self.account = account
+        self.gate = ForkGate()
         self._interval = interval or _interval_from_environment()
         self._wake = threading.Condition()
         self._asked = 0
@@ -89,6 +91,10 @@ class ExportingReader(MetricReader):
         if not already:
             self._exporter.shutdown()
 
+    def left_to_the_parent(self) -> None:
+        """Keep the exporter of this reader, which a forked child does not use, from being freed."""
+        keep_for_ever(self._exporter)
+
     def _run(self) -> None:
         while True:
             with self._wake:
@@ -111,7 +117,8 @@ class ExportingReader(MetricReader):
         points = _points_in(metrics_data)
         token = attach(set_value(SUPPRESS_KEY, True))
         try:
-            result = self._exporter.export(metrics_data, timeout_millis=timeout_millis)
+            with self.gate:
+                result = self._exporter.export(metrics_data, timeout_millis=timeout_millis)
             self._succeeded = result is MetricExportResult.SUCCESS
         except Exception as error:  # noqa: BLE001  (an exporter must not end the thread)
             guard.warn("metric exporter", "exporting metrics raised %s", type(error).__name__)
