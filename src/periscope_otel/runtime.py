@@ -25,6 +25,7 @@ from periscope_otel.telemetry.current import (
     global_tracer_provider,
     telemetry_on,
 )
+from periscope_otel.telemetry.export import FORK_WAIT, CountedSpanProcessor, ForkGate
 from periscope_otel.telemetry.lifecycle import ExitHooks, Flushable, FlushThread, flush_all
 from periscope_otel.telemetry.prometheus import PrometheusPage
 from periscope_otel.telemetry.reader import ExportingReader
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
 
     from periscope_otel.server import Server
-    from periscope_otel.telemetry.export import CountedSpanProcessor, ForkGate
 
 logger = logging.getLogger("periscope_otel")
 
@@ -76,6 +76,7 @@ class Runtime:
         self._flush_threads: list[FlushThread] = []
         self._page: PrometheusPage | None = None
         self.server: Server | None = None
+        self._can_export = True
         self._pid = os.getpid()
         self._hooks = ExitHooks(self._end)
         self._reset_end()
@@ -200,6 +201,13 @@ class Runtime:
         wanted = pipeline.destinations(
             "metrics", self.settings.otlp_endpoint, self.settings.otlp_protocol
         )
+        if not self._can_export:
+            guard.warn(
+                "fork",
+                "this child was forked in the middle of an export by gRPC, which it cannot use "
+                "therefore: it exports nothing. OTLP over HTTP has no such limit",
+            )
+            wanted = []
         readers = pipeline.metric_readers(wanted)
         self._readers = [reader for reader in readers if isinstance(reader, ExportingReader)]
         self._foreign_readers = [one for one in readers if not isinstance(one, ExportingReader)]
@@ -311,6 +319,7 @@ class Runtime:
     def after_fork(self) -> None:
         """Put right at once, in the child, what cannot wait for its first operation."""
         self._reset_end()
+        self._can_export = all(gate.child_is_safe for gate in self.gates())
         self._hooks.after_fork()
         if self.server is not None:
             self.server.after_fork()
@@ -322,7 +331,7 @@ class Runtime:
         if self._processors:
             pipeline.renew_after_fork(self.tracer_provider)
         for processor in self._processors:
-            processor.after_fork()
+            processor.after_fork(usable=self._can_export)
         for thread in self._flush_threads:
             thread.restart()
 
@@ -464,8 +473,9 @@ def _warn_of_differences(
 
 def _before_fork() -> None:
     if _runtime is not None and not _runtime.closed:
+        deadline = time.monotonic() + FORK_WAIT
         for gate in _runtime.gates():
-            gate.before_fork()
+            gate.before_fork(deadline)
 
 
 def _after_fork_in_parent() -> None:

@@ -44,7 +44,13 @@ def test_children_of_a_busy_process_count_exactly(
     assert [line for line in ended.lines if line.startswith("hung")] == [], ended.stderr[-6000:]
     wanted = sorted(ENDS[number % 4] for number in range(count))
     assert sorted(statuses) == wanted, ended.stderr[-6000:]
-    assert by_process(received) == expected
+    counted = by_process(received)
+    # A child that is forked in the middle of a call by gRPC cannot use it, and says so.
+    refused = ended.stderr.count("forked in the middle of an export by gRPC")
+    lost = {pid for pid in expected if pid not in counted}
+    assert len(lost) <= refused <= (0 if protocol == "http/protobuf" else count // 4)
+    expected = {pid: total for pid, total in expected.items() if pid not in lost}
+    assert counted == expected
     assert received.names() == {"work": sum(expected.values())}
     assert received.sums("threat.ingest.items.received") == {"work": 2 * sum(expected.values())}
     assert received.duplicates() == []

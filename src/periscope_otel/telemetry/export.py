@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -70,9 +71,9 @@ class ExportAccount:
 class ForkGate:
     """Lets a fork wait a moment for an export that is under way.
 
-    gRPC's core does not survive a fork in the middle of a call: the child's own calls may then wait
-    for ever. The wait is short, since the application's fork must not be held up by a Collector
-    that does not answer.
+    gRPC's core does not survive a fork in the middle of a call: the child's own first call waits
+    for ever or aborts the process. The wait is short, since the application's fork must not be
+    held up by a Collector that does not answer; a child forked all the same exports nothing.
     """
 
     def __init__(self) -> None:
@@ -86,9 +87,9 @@ class ForkGate:
     def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def before_fork(self) -> None:
-        """Wait for the export under way, `FORK_WAIT` seconds at most, and let no other begin."""
-        if self._lock.acquire(timeout=FORK_WAIT):
+    def before_fork(self, deadline: float) -> None:
+        """Wait for the export under way, until `deadline` at most, and let no other begin."""
+        if self._lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
             self._forking = threading.get_ident()
 
     def after_fork_in_parent(self) -> None:
@@ -97,13 +98,23 @@ class ForkGate:
             self._forking = None
             self._lock.release()
 
+    @property
+    def child_is_safe(self) -> bool:
+        """In the child: whether no export was under way when it was forked."""
+        return self._forking is not None
+
     def after_fork_in_child(self) -> None:
         """Start anew."""
         self.__init__()  # type: ignore[misc]
 
 
-FORK_WAIT = 0.05
-"""Seconds that a fork waits at most for an export by gRPC that is under way."""
+FORK_WAIT = 0.2
+"""Seconds that a fork waits at most for exports by gRPC that are under way."""
+
+
+def refuse_to_export() -> SpanExporter:
+    """Stand for the exporter of a child that cannot export."""
+    raise RuntimeError("forked in the middle of an export by gRPC")
 
 
 class CountedSpanExporter(SpanExporter):
@@ -134,10 +145,12 @@ class CountedSpanExporter(SpanExporter):
             self._account.add(exported=exported, count=len(spans))
         return result
 
-    def after_fork(self) -> None:
-        """Forget the parent's exporter and counts."""
+    def after_fork(self, *, usable: bool) -> None:
+        """Forget the parent's exporter and counts; export nothing if that is not `usable` here."""
         keep_for_ever(self._exporter)
         self._exporter = None
+        if not usable:
+            self._make = refuse_to_export
         self.gate.after_fork_in_child()
         self.taken = 0
 
@@ -188,12 +201,12 @@ class CountedSpanProcessor(BatchSpanProcessor):
         with self._accept_lock:
             return max(0, self._accepted - counts.exported - counts.failed)
 
-    def after_fork(self) -> None:
+    def after_fork(self, *, usable: bool) -> None:
         """Forget the parent's spans, connections and counts; the SDK empties the queue itself."""
         self._accept_lock = threading.Lock()
         self._accepted = 0
         self.account.clear()
-        self._counted_exporter.after_fork()
+        self._counted_exporter.after_fork(usable=usable)
 
 
 def keep_for_ever(inherited: object) -> None:

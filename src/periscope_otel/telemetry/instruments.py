@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from periscope_otel.telemetry.export import ExportCounts
 
-PENDING_LIMIT = 4096
+PENDING_LIMIT = 2048
 """Settled operations that may wait for the drain; one more is recorded at once, in the caller."""
 
 DRAIN_BATCH = 512

@@ -27,6 +27,9 @@ from periscope_otel.telemetry.export import ForkGate, keep_for_ever
 if TYPE_CHECKING:
     from periscope_otel.telemetry.export import ExportAccount
 
+COLLECT_TIMEOUT = 60.0
+"""Seconds that a collect may take: with many busy threads it gets little of the processor."""
+
 DEFAULT_INTERVAL = 60.0
 """Seconds between two exports where OTEL_METRIC_EXPORT_INTERVAL says nothing else."""
 
@@ -106,7 +109,7 @@ class ExportingReader(MetricReader):
                 asked = self._asked
             self._succeeded = False
             with guard.contained("metric export"):
-                self.collect()
+                self.collect(timeout_millis=COLLECT_TIMEOUT * 1e3)
             with self._wake:
                 self._done = asked
                 self._wake.notify_all()
