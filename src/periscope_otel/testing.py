@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.metrics import MeterProvider
-from opentelemetry.sdk.metrics.export import MetricReader, MetricsData
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader, MetricsData
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -38,23 +38,20 @@ _WAIT = 10.0
 """Seconds to wait at most for what finalisers have handed to the worker."""
 
 
-class _Snapshot(MetricReader):
-    """Holds what was collected last; patient, since the threads of a test may be many."""
+class _PatientReader(InMemoryMetricReader):
+    """Waits long for a collect: with the many threads of a test it gets little of the processor."""
 
-    data: MetricsData | None = None
+    _data: MetricsData | None = None
 
-    def read(self) -> MetricsData | None:
-        """Collect now."""
+    def get_metrics_data(self) -> MetricsData | None:
+        """Collect now, and return what there is."""
         self.collect(timeout_millis=120_000)
-        return self.data
+        return self._data
 
     def _receive_metrics(
         self, metrics_data: MetricsData, timeout_millis: float = 10_000, **_kwargs: Any
     ) -> None:
-        self.data = metrics_data
-
-    def shutdown(self, timeout_millis: float = 30_000, **_kwargs: Any) -> None:
-        """Nothing to end."""
+        self._data = metrics_data
 
 
 class CapturedOperation:
@@ -119,7 +116,7 @@ class CapturedOperation:
 class CapturedTelemetry:
     """What was emitted while it was captured."""
 
-    def __init__(self, exporter: InMemorySpanExporter, reader: _Snapshot) -> None:
+    def __init__(self, exporter: InMemorySpanExporter, reader: InMemoryMetricReader) -> None:
         self._exporter = exporter
         self._reader = reader
 
@@ -201,7 +198,7 @@ class CapturedTelemetry:
 
     def _metrics(self) -> list[Metric]:
         worker.finish_posted(_WAIT)
-        data = self._reader.read()
+        data = self._reader.get_metrics_data()
         if data is None:
             return []
         return [
@@ -237,7 +234,7 @@ def capture_telemetry(
         clock: Monotonic seconds for durations; give one of your own to test them.
         sampler: Decides which spans are recorded; all by default.
     """
-    exporter, reader = InMemorySpanExporter(), _Snapshot()
+    exporter, reader = InMemorySpanExporter(), _PatientReader()
     tracer_provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
     tracer_provider.add_span_processor(SimpleSpanProcessor(exporter))
     meter_provider = MeterProvider(metric_readers=[reader], shutdown_on_exit=False)
