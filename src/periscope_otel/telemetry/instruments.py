@@ -180,36 +180,41 @@ class Instruments:
             # No more than waited at the start: callers that append faster than this records must
             # not keep a collect here for ever.
             batch = [popleft() for _ in range(len(self.pending))]
-            buckets = [_exemplar_bucket(settled) for settled in batch]
-            newest = {bucket: index for index, bucket in enumerate(buckets)}
+            with_exemplar = _newest_of_each_bucket(batch)
+            attributes_of: dict[LabelSet, dict[str, str]] = {}
             for index, settled in enumerate(batch):
-                bucket = buckets[index]
-                with_span = bucket is not None and newest[bucket] == index
-                self._record_contained(settled, with_span=with_span)
+                labels = settled[1:4]
+                attributes = attributes_of.get(labels)
+                if attributes is None:
+                    attributes = attributes_of[labels] = self._attributes_of(labels)
+                span_context = settled[4] if index in with_exemplar else None
+                self._record_duration(settled[0], attributes, span_context)
         for settled in batch if self._listeners else ():
             self._tell(settled)
 
     def _record_now(self, settled: Settled) -> None:
-        self._record_contained(settled, with_span=_exemplar_bucket(settled) is not None)
+        self._record_duration(settled[0], self._attributes_of(settled[1:4]), settled[4])
         self._tell(settled)
 
-    def _record_contained(self, settled: Settled, *, with_span: bool) -> None:
+    def _attributes_of(self, labels: LabelSet) -> dict[str, str]:
+        series, outcome, error_type = self.labels.admit(self._calls, labels)
+        attributes = series.attributes()
+        attributes[names.OUTCOME] = outcome
+        if error_type is not None:
+            attributes[names.ERROR_TYPE] = error_type
+        return attributes
+
+    def _record_duration(
+        self, seconds: float, attributes: dict[str, str], span_context: SpanContext | None
+    ) -> None:
+        """Record one duration; with a span context it is offered as an exemplar."""
+        context = _NO_SPAN
+        if span_context is not None:
+            context = set_span_in_context(NonRecordingSpan(span_context), context)
         try:
-            self._record(settled, with_span=with_span)
+            self._duration.record(seconds, attributes, context)
         except Exception as error:  # noqa: BLE001  (one that fails must not take the rest along)
             guard.report("histogram", error)
-
-    def _record(self, settled: Settled, *, with_span: bool) -> None:
-        seconds, series, outcome, error_type, span_context = settled
-        labels = self.labels.admit(self._calls, (series, outcome, error_type))
-        attributes = labels[0].attributes()
-        attributes[names.OUTCOME] = outcome
-        if labels[2] is not None:
-            attributes[names.ERROR_TYPE] = labels[2]
-        context = _NO_SPAN
-        if with_span and span_context is not None:
-            context = set_span_in_context(NonRecordingSpan(span_context), context)
-        self._duration.record(seconds, attributes, context)
 
     def _tell(self, settled: Settled) -> None:
         for listener in self._listeners:
@@ -272,12 +277,14 @@ class Instruments:
         ]
 
 
-def _exemplar_bucket(settled: Settled) -> tuple[object, ...] | None:
-    """Return the point and bucket that an exemplar is kept in; None without a sampled span."""
-    span_context = settled[4]
-    if span_context is None or not span_context.trace_flags.sampled:
-        return None
-    return (*settled[1:4], bisect_left(names.DURATION_BOUNDARIES, settled[0]))
+def _newest_of_each_bucket(batch: list[Settled]) -> set[int]:
+    """Return the indices of those that exemplars are kept of: an SDK keeps one a bucket."""
+    newest: dict[tuple[object, ...], int] = {}
+    for index, (seconds, series, outcome, error_type, span_context) in enumerate(batch):
+        if span_context is not None and span_context.trace_flags.sampled:
+            bucket = bisect_left(names.DURATION_BOUNDARIES, seconds)
+            newest[series, outcome, error_type, bucket] = index
+    return set(newest.values())
 
 
 def _observe_internal_errors() -> Iterable[Observation]:
