@@ -261,7 +261,7 @@ class Operation:
             try:
                 UNOBSERVED.reset(self.token)  # type: ignore[arg-type]
             except (TypeError, ValueError):
-                pass  # not entered, or in another context: there is nothing to restore
+                return  # not entered, or in another context: there is nothing to restore
             return
         self.leave()
         self.settle()
