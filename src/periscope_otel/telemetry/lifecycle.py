@@ -197,6 +197,7 @@ class ExitHooks:
                     self._at_end("SIGTERM")
                 finally:
                     self._die()
+                break
         os.close(reader)
 
     def _die(self) -> None:
