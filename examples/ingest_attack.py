@@ -16,7 +16,7 @@ import sqlite3
 import sys
 import threading
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -166,7 +166,11 @@ class Ingest:
 
     def __init__(self, database: str) -> None:
         self.database = sqlite3.connect(database)
-        self.database.execute(SCHEMA)
+        try:
+            self.database.execute(SCHEMA)
+        except sqlite3.Error:
+            self.database.close()
+            raise
         self.seen: set[tuple[str, str]] = set()
         self.rejected: defaultdict[str, list[str]] = defaultdict(list)
 
@@ -308,15 +312,22 @@ def complain(message: object) -> int:
 def main() -> int:
     """Run the command; return the exit code."""
     options = read_arguments()
+    try:
+        run = Ingest(options.database)
+    except sqlite3.Error as error:
+        return complain(f"cannot use the database {options.database!r}: {error}")
+    with closing(run.database):
+        return run_job(run, options)
+
+
+def run_job(run: Ingest, options: argparse.Namespace) -> int:
+    """Ingest the bundle, say what became of it, and serve if asked to; return the exit code."""
     feed = options.feed or re.sub(r"-\d[\d.]*$", "", options.bundle.stem)  # without the version
     status = 0
     try:
-        run = Ingest(options.database)
         runtime = periscope.configure(
             service_name="ingest-attack", otlp_endpoint=options.otlp, prometheus=options.serve
         )
-    except sqlite3.Error as error:
-        return complain(f"cannot use the database {options.database!r}: {error}")
     except OSError as error:
         return complain(f"cannot serve on {options.serve}: {error.strerror}")
     except ValueError as error:  # an option or a variable of the environment; it says which
