@@ -274,7 +274,7 @@ class Runtime:
     def _close_parts(self, deadline: float) -> None:
         """Shut down what was built here; what hangs is left behind when the time is up."""
         telemetry = getattr(self, "telemetry", None)
-        if telemetry in (current.telemetry, current.behind):
+        if telemetry is not None and telemetry in (current.telemetry, current.behind):
             current.install(None)
         self._hooks.remove()
         if self.server is not None:
