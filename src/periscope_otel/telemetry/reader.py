@@ -23,6 +23,7 @@ from opentelemetry.sdk.metrics.export import (
 from periscope_otel import guard
 from periscope_otel.redaction import clean_name
 from periscope_otel.telemetry.export import ForkGate, keep_for_ever
+from periscope_otel.telemetry.start_times import StartTimes
 
 if TYPE_CHECKING:
     from periscope_otel.telemetry.export import ExportAccount
@@ -53,6 +54,7 @@ class ExportingReader(MetricReader):
         self._exporter = exporter
         self.account = account
         self.gate = ForkGate()
+        self._start_times = StartTimes()
         self._interval = interval or _interval_from_environment()
         self._wake = threading.Condition()
         self._asked = 0
@@ -117,6 +119,7 @@ class ExportingReader(MetricReader):
     def _receive_metrics(
         self, metrics_data: MetricsData, timeout_millis: float = 10_000, **_kwargs: Any
     ) -> None:
+        metrics_data = self._start_times.put_right(metrics_data)
         points = _points_in(metrics_data)
         token = attach(set_value(SUPPRESS_KEY, True))
         try:

@@ -1,0 +1,68 @@
+"""When each series began: at the last collect that did not have it yet.
+
+The SDK lets a series begin when it is first measured, and an observable counter when it is first
+collected. What a job did that exports once, at its end, has then begun at that very moment, and a
+backend that looks at how much a counter has grown finds nothing. A counter was 0 for as long as a
+collect did not find it, so that is where it begins here: a true start, as OpenTelemetry's data
+model (Metrics Data Model, "Resets and Gaps") wants it.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from opentelemetry.sdk.metrics.export import AggregationTemporality, MetricsData
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from opentelemetry.sdk.metrics.export import Metric
+
+
+class StartTimes:
+    """Puts right when the cumulative series of one reader began.
+
+    Args:
+        clock: Nanoseconds since 1970; what is counted begins now.
+    """
+
+    def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
+        self._last_collect = clock()
+        self._starts: dict[int, int] = {}
+        """The true start for each start that the SDK gave; no more than there are series."""
+
+    def put_right(self, collected: MetricsData) -> MetricsData:
+        """Return what was collected, with true starts; wants to see each collect."""
+        latest = self._last_collect
+        resources = []
+        for resource in collected.resource_metrics:
+            scopes = []
+            for scope in resource.scope_metrics:
+                latest = max(latest, _latest_in(scope.metrics))
+                metrics = [self._metric(metric) for metric in scope.metrics]
+                scopes.append(replace(scope, metrics=metrics))
+            resources.append(replace(resource, scope_metrics=scopes))
+        self._last_collect = latest
+        return MetricsData(resource_metrics=resources)
+
+    def _metric(self, metric: Metric) -> Metric:
+        data: Any = metric.data
+        temporality = getattr(data, "aggregation_temporality", None)  # a gauge has none
+        only_grows = getattr(data, "is_monotonic", True)  # a histogram does
+        if temporality is not AggregationTemporality.CUMULATIVE or not only_grows:
+            return metric
+        points = [
+            replace(point, start_time_unix_nano=self._start_of(point)) for point in data.data_points
+        ]
+        return replace(metric, data=replace(data, data_points=points))
+
+    def _start_of(self, point: Any) -> int:
+        given: int = point.start_time_unix_nano
+        return self._starts.setdefault(given, min(given, self._last_collect))
+
+
+def _latest_in(metrics: Sequence[Metric]) -> int:
+    times = (point.time_unix_nano for one in metrics for point in one.data.data_points)
+    return max(times, default=0)

@@ -1,0 +1,96 @@
+"""When series begin: where they were still 0, so that a backend sees all that they have grown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from opentelemetry.metrics import Observation
+from opentelemetry.sdk.metrics import Counter, MeterProvider
+from opentelemetry.sdk.metrics.export import (
+    AggregationTemporality,
+    InMemoryMetricReader,
+    MetricsData,
+)
+
+from periscope_otel.telemetry.start_times import StartTimes
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
+
+BEGAN = 1_000
+"""Long before anything that a test measures."""
+
+
+class Collects:
+    """A meter, and what is collected from it with its starts put right."""
+
+    def __init__(self, temporality: AggregationTemporality | None = None) -> None:
+        preferred = {} if temporality is None else {Counter: temporality}
+        self._reader = InMemoryMetricReader(preferred_temporality=preferred)
+        self._provider = MeterProvider([self._reader], shutdown_on_exit=False)
+        self.meter: Meter = self._provider.get_meter("test")
+        self._starts = StartTimes(clock=lambda: BEGAN)
+
+    def next(self) -> dict[Any, Any]:
+        """Collect; returns points by metric, or by metric and feed."""
+        collected = self._reader.get_metrics_data()
+        assert isinstance(collected, MetricsData)
+        right = self._starts.put_right(collected)
+        return {
+            (metric.name, *point.attributes.values()): point
+            for metric in right.resource_metrics[0].scope_metrics[0].metrics
+            for point in metric.data.data_points
+        }
+
+
+def make(meter: Meter, kind: str) -> None:
+    """Make an instrument called `it` that has grown to 5."""
+    if kind == "counter":
+        meter.create_counter("it").add(5)
+    elif kind == "histogram":
+        meter.create_histogram("it").record(5)
+    else:
+        meter.create_observable_counter("it", [lambda _: [Observation(5)]])
+
+
+@pytest.mark.parametrize("kind", ["counter", "histogram", "observable counter"])
+def test_what_the_first_collect_finds_began_with_the_reader(kind: str) -> None:
+    """A series of the first collect began when counting began, and still has at the second."""
+    collects = Collects()
+    make(collects.meter, kind)
+    first, second = collects.next(), collects.next()
+    assert first["it",].start_time_unix_nano == BEGAN < first["it",].time_unix_nano
+    assert second["it",].start_time_unix_nano == BEGAN
+
+
+def test_a_later_series_began_at_the_last_collect_without_it() -> None:
+    """A label set that comes later was 0 until the collect before, and keeps that start."""
+    collects = Collects()
+    counter = collects.meter.create_counter("it")
+    counter.add(5, {"feed": "urlhaus"})
+    first = collects.next()
+    counter.add(7, {"feed": "misp"})
+    second, third = collects.next(), collects.next()
+    for later in (second, third):
+        assert later["it", "urlhaus"].start_time_unix_nano == BEGAN
+        assert later["it", "misp"].start_time_unix_nano == first["it", "urlhaus"].time_unix_nano
+    assert second["it", "misp"].value == 7
+
+
+def test_what_does_not_only_grow_is_left_alone() -> None:
+    """Gauges, up-down counters and delta series are as the SDK gave them."""
+    collects = Collects(AggregationTemporality.DELTA)
+    collects.meter.create_gauge("gauge").set(5)
+    collects.meter.create_up_down_counter("queue").add(5)
+    collects.meter.create_counter("delta").add(5)
+    points = collects.next()
+    assert points["gauge",].value == points["queue",].value == points["delta",].value == 5
+    assert points["queue",].start_time_unix_nano > BEGAN
+    assert points["delta",].start_time_unix_nano > BEGAN
+
+
+def test_an_empty_collect_is_none_that_a_series_was_missing_from() -> None:
+    """With nothing collected there is no time of a collect, and counting begins where it began."""
+    starts = StartTimes(clock=lambda: BEGAN)
+    assert starts.put_right(MetricsData(resource_metrics=[])).resource_metrics == []
