@@ -120,7 +120,8 @@ build() { # name folder version
 # sources; what they need is in go.mod.
 build_otelcol() {
     GOFLAGS=-buildvcs=false GOBIN="$PWD" go install "go.opentelemetry.io/collector/cmd/builder@v$COLLECTOR"
-    ./builder --config manifest.yaml --skip-compilation --skip-get-modules
+    ./builder --config manifest.yaml --skip-compilation --skip-get-modules >builder.log 2>&1 ||
+        { cat builder.log >&2 && return 1; }
     cp go.mod go.sum _build
     (cd _build && go build -tags grpcnotrace,remove_all_sd -ldflags "-s -w" -o ../otelcol .)
 }

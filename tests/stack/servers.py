@@ -6,6 +6,7 @@ what they write in a folder of the test.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -14,6 +15,7 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -23,6 +25,7 @@ from apis import Jaeger as JaegerAPI
 from apis import Prometheus as PrometheusAPI
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
 
 HERE = Path(__file__).parent
@@ -109,6 +112,7 @@ class Server:
 
     def start(self) -> Self:
         """Start it, and wait until it is ready."""
+        assert self._process is None, f"{self.name} is running"
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [binaries()[self.name], *self.arguments],
@@ -204,7 +208,8 @@ class Prometheus(Server):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         (port,) = free_ports(1)
-        self.url = f"http://{LOCALHOST}:{port}"
+        self.address = f"{LOCALHOST}:{port}"
+        self.url = f"http://{self.address}"
         # Its targets are beside its configuration, so it gets a folder with a link to that.
         self._targets = folder / "targets"
         self._targets.mkdir(exist_ok=True)
@@ -213,7 +218,7 @@ class Prometheus(Server):
         config.symlink_to(CONFIG / "prometheus.yaml")
         self.arguments = [
             f"--config.file={config}",
-            f"--web.listen-address={LOCALHOST}:{port}",
+            f"--web.listen-address={self.address}",
             f"--storage.tsdb.path={folder / 'data'}",
             "--web.enable-otlp-receiver",
             f"--enable-feature={','.join(FEATURES)}",
@@ -267,6 +272,45 @@ class Collector(Server):
     def endpoint(self, protocol: str) -> str:
         """Return the URL for `grpc` or `http/protobuf`."""
         return self.grpc if protocol == "grpc" else self.http
+
+
+class Toxiproxy(Server):
+    """toxiproxy: lines between two processes that can be cut, slowed and broken."""
+
+    name = "toxiproxy-server"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        (port,) = free_ports(1)
+        self.arguments = ["-host", LOCALHOST, "-port", str(port)]
+        self._url = f"http://{LOCALHOST}:{port}"
+        self.health = f"{self._url}/version"
+
+    def add(self, name: str, upstream: str) -> str:
+        """Lay a line to a `host:port`; returns the `host:port` where it begins."""
+        listen = f"{LOCALHOST}:{free_ports(1)[0]}"
+        self._ask("POST", "/proxies", name=name, listen=listen, upstream=upstream, enabled=True)
+        return listen
+
+    @contextmanager
+    def down(self, name: str) -> Iterator[None]:
+        """Cut a line for a block; connections through it are refused."""
+        self._ask("POST", f"/proxies/{name}", enabled=False)
+        yield
+        self._ask("POST", f"/proxies/{name}", enabled=True)
+
+    @contextmanager
+    def toxic(self, name: str, kind: str, **attributes: int) -> Iterator[None]:
+        """Spoil a line for a block, in one of toxiproxy's ways."""
+        self._ask("POST", f"/proxies/{name}/toxics", name=kind, type=kind, attributes=attributes)
+        yield
+        self._ask("DELETE", f"/proxies/{name}/toxics/{kind}")
+
+    def _ask(self, method: str, path: str, **body: object) -> None:
+        data = json.dumps(body).encode() if body else None
+        request = urllib.request.Request(self._url + path, data, method=method)
+        with urllib.request.urlopen(request, timeout=10):
+            pass
 
 
 def _answers(url: str) -> bool:
