@@ -26,7 +26,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 main() {
-    start jaeger --config "$here/jaeger.yaml"
+    OTEL_TRACES_SAMPLER=always_off start jaeger --config "$here/jaeger.yaml"
     start prometheus "--config.file=$here/prometheus.yaml" "--storage.tsdb.path=$data/prometheus" \
         "--web.listen-address=$prometheus_listen" --web.enable-otlp-receiver \
         "--enable-feature=exemplar-storage,created-timestamp-zero-ingestion,promql-extended-range-selectors"

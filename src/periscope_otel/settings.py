@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 PREFIX = "PERISCOPE_"
 DEFAULT_PROMETHEUS = "127.0.0.1:9464"
+_OF_SCRIPTS = ("PERISCOPE_VENV", "PERISCOPE_BENCH_CACHE", "PERISCOPE_STACK_CACHE")
+"""Variables of this project's own scripts, set where it is tested: no settings, no mistakes."""
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("", "0", "false", "no", "off", "none")
 
@@ -212,7 +214,7 @@ def _read(setting: Setting, source: str, value: Any) -> Any:
 def _warn_of_unknown(environment: Mapping[str, str]) -> None:
     known = [setting.variable for setting in SETTINGS]
     for variable in environment:
-        if variable.startswith(PREFIX) and variable not in known:
+        if variable.startswith(PREFIX) and variable not in (*known, *_OF_SCRIPTS):
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             guard.warn(

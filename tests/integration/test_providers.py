@@ -95,6 +95,19 @@ def test_each_signal_may_have_a_protocol_of_its_own(collector: Receiver) -> None
     assert collector.received().sums() == {"work": WORK}
 
 
+@pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])
+@pytest.mark.parametrize("compression", ["", "none", "gzip", "unheard-of"])
+def test_every_compression_gets_through(
+    collector: Receiver, protocol: str, compression: str
+) -> None:
+    """OTEL_EXPORTER_OTLP_COMPRESSION compresses where it says gzip, and breaks nothing else."""
+    work(otlp(collector.endpoint(protocol), protocol, OTEL_EXPORTER_OTLP_COMPRESSION=compression))
+    assert collector.received().names() == {"work": WORK}
+    headers = collector.requests()[0].headers
+    if protocol == "http/protobuf":
+        assert headers.get("content-encoding") == ("gzip" if compression == "gzip" else None)
+
+
 def test_no_traces_where_the_environment_says_none(collector: Receiver) -> None:
     """OTEL_TRACES_EXPORTER=none sends no span, and the counts stay exact."""
     work(otlp(collector.http, OTEL_TRACES_EXPORTER="none"))

@@ -26,6 +26,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
+from periscope_otel.redaction import redact
 from periscope_otel.telemetry import pipeline
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def _send(name: str, signal: str, what: Any, otlp: str, protocol: str | None) ->
         result = exporter.export(what)
         exporter.shutdown()
     passed = result.name == "SUCCESS"
-    why = messages[-1] if messages else "the exporter does not say why"
+    why = redact(messages[0], 300) if messages else "the exporter does not say why"
     detail = f"accepted by {otlp}" if passed else f"not accepted by {otlp}: {why}"
     return Hop(name, passed, time.monotonic() - began, detail)
 

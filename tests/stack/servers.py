@@ -137,14 +137,19 @@ class Server:
         """End it by `kill -9`."""
         self._end(signal.SIGKILL)
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._running.pid
+
     def cpu_seconds(self) -> float:
         """Return the processor time that it has used since it was started."""
-        times = psutil.Process(self._running.pid).cpu_times()
+        times = psutil.Process(self.pid).cpu_times()
         return times.user + times.system
 
     def memory(self) -> int:
         """Return its resident memory in bytes."""
-        return psutil.Process(self._running.pid).memory_info().rss
+        return psutil.Process(self.pid).memory_info().rss
 
     @property
     def _running(self) -> subprocess.Popen[bytes]:
@@ -193,6 +198,7 @@ class Jaeger(Server):
             "JAEGER_QUERY_GRPC": f"{LOCALHOST}:{query_grpc}",
             "JAEGER_HEALTH": f"{LOCALHOST}:{health}",
             "JAEGER_METRICS_PORT": str(metrics),
+            "OTEL_TRACES_SAMPLER": "always_off",
         }
         self.health = f"http://{LOCALHOST}:{health}/status"
         self.otlp = f"{LOCALHOST}:{grpc}"

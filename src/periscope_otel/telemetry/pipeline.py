@@ -18,7 +18,8 @@ from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 
-from periscope_otel.redaction import redact
+from periscope_otel import guard
+from periscope_otel.redaction import clean_name, redact
 from periscope_otel.telemetry.export import CountedSpanProcessor, ExportAccount
 from periscope_otel.telemetry.reader import ExportingReader
 
@@ -146,7 +147,34 @@ def _grpc_exporter(signal: str, endpoint: str | None) -> Any:
     from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-    return (OTLPSpanExporter if signal == "traces" else OTLPMetricExporter)(endpoint=endpoint)
+    make = OTLPSpanExporter if signal == "traces" else OTLPMetricExporter
+    return make(endpoint=endpoint, compression=_grpc_compression(signal))
+
+
+def _grpc_compression(signal: str) -> Any:
+    """Return what OTEL_EXPORTER_OTLP_COMPRESSION asks for.
+
+    The exporter itself raises for `none`, which is a standard value, and for those that it does not
+    know, which are to be ignored (OpenTelemetry specification, environment variables).
+    """
+    from grpc import Compression
+
+    known = {
+        "": Compression.NoCompression,
+        "none": Compression.NoCompression,
+        "gzip": Compression.Gzip,
+        "deflate": Compression.Deflate,
+    }
+    variables = (
+        f"OTEL_EXPORTER_OTLP_{signal.upper()}_COMPRESSION",
+        "OTEL_EXPORTER_OTLP_COMPRESSION",
+    )
+    named = next((os.environ[one] for one in variables if os.environ.get(one)), "").strip().lower()
+    if named not in known:
+        guard.warn(
+            "compression", "OTLP compression %.40s is not known; none is used", clean_name(named)
+        )
+    return known.get(named, Compression.NoCompression)
 
 
 def _http_exporter(signal: str, url: str | None) -> Any:
