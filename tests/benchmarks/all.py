@@ -2,6 +2,8 @@
 
 Each script's JSON goes into `results/`, and all of them into the table `results/RESULTS.md`.
 `--quick` runs a tenth of everything, to see that it works; its figures are not for showing.
+`--only SCRIPT` runs one again, and takes the others from their files. `stack` needs the servers of
+tests/stack.
 """
 
 from __future__ import annotations
@@ -10,22 +12,31 @@ import argparse
 import json
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness import Measure, here
 
-SCRIPTS = ("call_cost", "peers", "memory", "import_cost", "black_hole")
-QUICK = {"memory": ["--rounds", "1", "--calls", "100000"]}
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SCRIPTS = ("call_cost", "peers", "memory", "import_cost", "black_hole", "stack")
+QUICK = {
+    "memory": ["--rounds", "1", "--calls", "100000"],
+    "stack": ["--rounds", "1", "--seconds", "1"],
+}
 RESULTS = here() / "results"
 
 
-def run(script: str, quick: bool) -> dict[str, Any]:
-    """Run a script; returns what it found."""
-    file = RESULTS / f"{script}.json"
+def file_of(script: str) -> Path:
+    """Return where a script's result is kept."""
+    return RESULTS / f"{script}.json"
+
+
+def run(script: str, quick: bool) -> None:
+    """Run a script, and keep what it finds."""
     extra = QUICK.get(script, ["--rounds", "6"]) if quick else []
-    command = [sys.executable, str(here() / f"{script}.py"), "--json", str(file), *extra]
-    subprocess.run(command, check=True)
-    return json.loads(file.read_text())
+    command = [sys.executable, str(here() / f"{script}.py"), "--json", str(file_of(script))]
+    subprocess.run([*command, *extra], check=True)
 
 
 def table(found: list[dict[str, Any]]) -> str:
@@ -51,8 +62,11 @@ def main() -> None:
     """Run everything."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tenth, to see that it works")
+    parser.add_argument("--only", choices=SCRIPTS, action="append", help="run this one again")
     options = parser.parse_args()
-    found = [run(script, options.quick) for script in SCRIPTS]
+    for script in options.only or SCRIPTS:
+        run(script, options.quick)
+    found = [json.loads(file_of(script).read_text()) for script in SCRIPTS]
     (RESULTS / "RESULTS.md").write_text(table(found))
 
 

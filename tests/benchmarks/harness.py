@@ -111,9 +111,13 @@ class Measure:
     def row(self) -> tuple[str, str, str, str]:
         """What is measured, its target, the result and the verdict, as texts."""
         target = "" if self.target is None else f"≤ {self.target:g}{self.unit}"
-        result = f"{self.median:.3g} [{self.lower:.3g}-{self.upper:.3g}]{self.unit}"
+        result = f"{_shown(self.median)} [{_shown(self.lower)}-{_shown(self.upper)}]{self.unit}"
         verdict = {None: "", True: "yes", False: "NO"}[self.met]
         return self.what, target, result, verdict
+
+
+def _shown(figure: float) -> str:
+    return f"{figure:,.0f}" if figure >= 1_000 else f"{figure:.3g}"
 
 
 def spread(what: str, values: list[float], target: float | None = None, unit: str = "") -> Measure:

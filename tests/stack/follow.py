@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import logging
+import socket
 import sys
 import time
 import uuid
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from apis import Jaeger, Prometheus, UnansweredError
 from opentelemetry.sdk.metrics import MeterProvider
@@ -113,9 +115,22 @@ def _send(name: str, signal: str, what: Any, otlp: str, protocol: str | None) ->
         result = exporter.export(what)
         exporter.shutdown()
     passed = result.name == "SUCCESS"
-    why = redact(messages[0], 300) if messages else "the exporter does not say why"
-    detail = f"accepted by {otlp}" if passed else f"not accepted by {otlp}: {why}"
-    return Hop(name, passed, time.monotonic() - began, detail)
+    seconds = time.monotonic() - began
+    if passed:
+        return Hop(name, True, seconds, f"accepted by {otlp}")
+    said = redact(messages[0], 300) if messages else "the exporter does not say why"
+    return Hop(name, False, seconds, f"not accepted by {otlp}: {_unreachable(otlp) or said}")
+
+
+def _unreachable(url: str) -> str | None:
+    """Return why nothing can be connected to there; None if something can."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout=5).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,5 +175,6 @@ def test_without_a_collector_the_job_ends_in_time_and_says_what_is_missing(tmp_p
         done = run("--otlp", collector.endpoint(protocol), OTEL_EXPORTER_OTLP_PROTOCOL=protocol)
         assert done.returncode == 0
         assert "✓ 1,826 received = 1,784 ingested" in done.stdout
+        assert re.search(rf"spans +{collector.endpoint(protocol)} +0 +\d+ +0 +\d+\n", done.stdout)
         assert "NOT exported: 23 spans" in done.stderr
     assert time.monotonic() - began < 30  # twice: 5 s for the flush, and the job itself

@@ -57,7 +57,7 @@ def test_a_collector_that_is_away_is_named(tmp_path: Path, monkeypatch: pytest.M
     for hop in hops:
         assert not hop.passed
         assert away.http in hop.detail
-        assert "refused" in hop.detail
+        assert "Connection refused" in hop.detail
 
 
 def test_a_destination_that_is_away_is_named(tmp_path: Path) -> None:

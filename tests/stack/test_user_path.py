@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from conftest import Stack
 
+README = Path(__file__).parents[2] / "README.md"
 PROGRAMS = Path(__file__).parent / "programs"
 CALLS = "threat_ingest_operation_duration_seconds_count"
 SETTLED = "threat_ingest_items_settled_total"
@@ -249,6 +250,16 @@ def test_an_exemplar_leads_to_its_trace(stack: Stack, job: Run) -> None:
     assert {name for _, _, name in found} >= {"ingest", "convert"}
     for trace_id, span_id, name in found:
         assert (spans[span_id].trace_id, spans[span_id].name) == (trace_id, name)
+
+
+def test_the_readme_asks_what_prometheus_can_answer(stack: Stack, job: Run) -> None:
+    """Each query of the README finds something once the main job has run."""
+    section = README.read_text().partition("## See it in Jaeger and Prometheus")[2]
+    queries = re.findall(r"\| `([^`]+)` \|$", section.partition("\n## ")[0], re.MULTILINE)
+    assert len(queries) == 5
+    for query in queries:
+        found = until(lambda query=query: stack.prometheus.api.query(query))
+        assert any(one.value > 0 for one in found), query
 
 
 def test_prometheus_knows_what_the_metrics_are_about(stack: Stack, job: Run) -> None:

@@ -196,6 +196,13 @@ def test_unknown_variable_is_one_warning(caplog):
     assert "PERISCOPE_LABEL_LIMIT" in record.getMessage()
 
 
+@pytest.mark.parametrize("name", ["VENV", "BENCH_CACHE", "STACK_CACHE"])
+def test_variables_of_the_projects_scripts_are_no_mistake(caplog, name):
+    """What this project's own scripts read is not warned about where it is set for all."""
+    load({}, {f"PERISCOPE_{name}": "/somewhere"})
+    assert caplog.text == ""
+
+
 def test_unknown_variable_shows_no_value(caplog):
     """The warning names the variable and not its value, which may be a secret."""
     load({}, {"PERISCOPE_PASSWORD": "hunter2Qx9"})
