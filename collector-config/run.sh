@@ -15,11 +15,10 @@ prometheus_listen="${PROMETHEUS_LISTEN:-127.0.0.1:9090}"
 export COLLECTOR_STORAGE="${COLLECTOR_STORAGE:-$data/collector}"
 export JAEGER_OTLP="${JAEGER_OTLP:-${JAEGER_OTLP_GRPC:-127.0.0.1:14317}}"
 export PROMETHEUS_OTLP="${PROMETHEUS_OTLP:-http://$prometheus_listen/api/v1/otlp}"
-export GOMEMLIMIT="${GOMEMLIMIT:-410MiB}" # 80 % of the Collector's hard limit
 
 umask 077
 mkdir -p "$data"
-servers="$(bash "$here/../tests/stack/build.sh" --list)"
+servers="$(bash "$here/../tests/stack/build.sh" --list otelcol jaeger prometheus)"
 running=()
 trap 'stop' EXIT
 trap 'exit 130' INT
@@ -30,7 +29,8 @@ main() {
     start prometheus "--config.file=$here/prometheus.yaml" "--storage.tsdb.path=$data/prometheus" \
         "--web.listen-address=$prometheus_listen" --web.enable-otlp-receiver \
         "--enable-feature=exemplar-storage,created-timestamp-zero-ingestion,promql-extended-range-selectors"
-    start otelcol --config "$here/collector.yaml"
+    # 80 % of the Collector's hard limit
+    GOMEMLIMIT="${GOMEMLIMIT:-410MiB}" start otelcol --config "$here/collector.yaml"
     wait_for Jaeger "http://${JAEGER_HEALTH:-127.0.0.1:14133}/status"
     wait_for Prometheus "http://$prometheus_listen/-/ready"
     wait_for Collector "http://${COLLECTOR_HEALTH:-127.0.0.1:13133}/"
@@ -40,7 +40,7 @@ Jaeger      http://${JAEGER_QUERY_HTTP:-127.0.0.1:16686}
 Prometheus  http://$prometheus_listen
 Data and logs are in $data. Ctrl-C ends all three.
 TEXT
-    wait -n # returns when one of them ends, which none should
+    while all_run; do sleep 0.5; done
     echo "one of the servers has ended; the last lines of each log:" >&2
     tail -n 3 "$data"/*.log >&2
     exit 1
@@ -49,7 +49,7 @@ TEXT
 start() { # name arguments
     local name="$1" path
     shift
-    path="$(sed -n "s|^$name\t||p" <<<"$servers")"
+    path="$(awk -F '\t' -v name="$name" '$1 == name { print $2 }' <<<"$servers")"
     "$path" "$@" >"$data/$name.log" 2>&1 &
     running+=("$!")
 }
@@ -58,13 +58,17 @@ wait_for() { # name url
     local _
     for _ in $(seq 300); do
         if answers "$2"; then return; fi
-        for pid in "${running[@]}"; do
-            kill -0 "$pid" 2>/dev/null || { tail -n 3 "$data"/*.log >&2 && exit 1; }
-        done
+        all_run || break
         sleep 0.1
     done
-    echo "$1 does not answer at $2; see the logs in $data" >&2
+    echo "$1 does not answer at $2; the last lines of each log in $data:" >&2
+    tail -n 3 "$data"/*.log >&2
     exit 1
+}
+
+all_run() {
+    local pid
+    for pid in "${running[@]}"; do kill -0 "$pid" 2>/dev/null || return 1; done
 }
 
 answers() { # url, by bash alone

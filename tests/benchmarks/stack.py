@@ -117,7 +117,7 @@ def count(jaeger: Jaeger, traces: list[str]) -> int:
 def search(stack: Stack, protocol: str, seconds: float) -> float:
     """Return the highest pace that is sustained."""
     pace, step, rising = float(FIRST), FIRST / 2, True
-    best = 0.0
+    best = float(FINEST)  # lower ones are not searched for
     while step >= FINEST:
         run = load(stack, protocol, pace, seconds)
         print(f"  {pace:,.0f} spans/s: {run.why or 'sustained'}", file=sys.stderr)

@@ -4,6 +4,8 @@
 #   bash tests/stack/build.sh          build what is missing; say where everything is
 #   bash tests/stack/build.sh --list   only say what there is, one "NAME<TAB>PATH" a line
 #
+# Names of servers after that mean only these.
+#
 # A server of the right version on PATH is used as it is. What is built is kept in
 # PERISCOPE_STACK_CACHE (periscope-otel/stack in the user's cache directory), in a folder named
 # after its version and a hash of everything it is made from. All four take about 13 minutes on two
@@ -15,8 +17,6 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 cache="${PERISCOPE_STACK_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/periscope-otel/stack}"
-export GOTOOLCHAIN=local GOFLAGS="-mod=readonly -trimpath -buildvcs=false" GOWORK=off CGO_ENABLED=0
-
 COLLECTOR=0.159.0
 JAEGER=2.0.0-rc2 # module v1.62.0
 PROMETHEUS=3.15.0 # module v0.315.0
@@ -32,11 +32,16 @@ toxiproxy-server  toxiproxy   $TOXIPROXY   2.5
 "
 
 main() {
-    local name folder version oldest path missing=()
+    local name folder version oldest path missing=() builds=true
+    if [ "${1:-}" = --list ]; then
+        builds=false
+        shift
+    fi
     while read -r name folder version oldest; do
         [ -n "$name" ] || continue
+        [ "$#" -eq 0 ] || [[ " $* " = *" $name "* ]] || continue
         path="$(find_server "$name" "$folder" "$version" "$oldest")"
-        if [ -z "$path" ] && [ "${1:-}" != --list ]; then
+        if [ -z "$path" ] && "$builds"; then
             need_go
             build "$name" "$folder" "$version"
             path="$(cached "$name" "$folder" "$version")"
@@ -56,22 +61,24 @@ main() {
 # Prints where a server is, or nothing.
 find_server() { # name folder version oldest
     local found
-    for found in $(type -aP "$1" || true) $([ "$1" = otelcol ] && type -aP otelcol-contrib); do
-        if fits "$found" "$1" "$4"; then
+    while IFS= read -r found; do
+        if [ -n "$found" ] && fits "$found" "$1" "$4"; then
             echo "$found"
             return
         fi
-    done
+    done < <(type -aP "$1"; [ "$1" != otelcol ] || type -aP otelcol-contrib)
     found="$(cached "$1" "$2" "$3")"
     [ ! -x "$found" ] || echo "$found"
 }
 
 # Whether a server found on PATH is new enough, and holds what collector-config/ names.
 fits() { # path name oldest
-    local version
+    local version components
     version="$(version_of "$1" "$2")" || return 1
     [ -n "$version" ] && printf '%s\n%s\n' "$3" "$version" | sort -VC || return 1
-    [ "$2" != otelcol ] || "$1" components 2>/dev/null | grep -q file_storage
+    [ "$2" = otelcol ] || return 0
+    components="$("$1" components 2>/dev/null)"
+    [[ "$components" = *file_storage* ]]
 }
 
 version_of() { # path name
@@ -84,9 +91,10 @@ cached() { # name folder version
     echo "$cache/$2-$3-$(hash_of "$2")/$1"
 }
 
-# Of everything that a server is made from: its build folder and this script.
+# Of everything that a server is made from: its build folder and how it is built.
 hash_of() { # folder
-    cat "$here/builds/$1"/* "${BASH_SOURCE[0]}" | git hash-object --stdin | cut -c 1-12
+    { cat "$here/builds/$1"/* && sed -n '/^# How each is built/,$p' "${BASH_SOURCE[0]}"; } |
+        git hash-object --stdin | cut -c 1-12
 }
 
 need_go() {
@@ -115,6 +123,10 @@ build() { # name folder version
     (cd "$work" && "build_${1%-server}" && mv -f "$1" "$target.$$" && mv -f "$target.$$" "$target")
     rm -rf "$work"
 }
+
+# How each is built: in a folder with its go.mod, into that folder.
+
+export GOTOOLCHAIN=local GOFLAGS="-mod=readonly -trimpath -buildvcs=false" GOWORK=off CGO_ENABLED=0
 
 # The builder's own `go mod tidy` asks for modules that only tests need, so it only writes the
 # sources; what they need is in go.mod.

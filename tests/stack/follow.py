@@ -4,8 +4,9 @@
         --jaeger http://127.0.0.1:16686 --prometheus http://127.0.0.1:9090
 
 A marker made for this one time is sent by OTLP and looked for where it should arrive; each hop says
-how long it took, or why it was not passed. Nothing of pytest is used and no global provider is
-touched, so a program can follow its own way out with it while it runs.
+how long it took, or why it was not passed. It leaves a trace and a series behind, so it is for
+looking into something rather than for every minute. Nothing of pytest is used and no global
+provider is touched, so a program can follow its own way out with it while it runs.
 """
 
 from __future__ import annotations
@@ -117,14 +118,17 @@ def _send(name: str, signal: str, what: Any, otlp: str, protocol: str | None) ->
     passed = result.name == "SUCCESS"
     seconds = time.monotonic() - began
     if passed:
-        return Hop(name, True, seconds, f"accepted by {otlp}")
+        return Hop(name, True, seconds, f"accepted by {redact(otlp)}")
     said = redact(messages[0], 300) if messages else "the exporter does not say why"
-    return Hop(name, False, seconds, f"not accepted by {otlp}: {_unreachable(otlp) or said}")
+    why = _unreachable(otlp) or said
+    return Hop(name, False, seconds, f"not accepted by {redact(otlp)}: {why}")
 
 
 def _unreachable(url: str) -> str | None:
     """Return why nothing can be connected to there; None if something can."""
     parts = urlsplit(url)
+    if not parts.hostname:
+        return "this is no URL such as http://127.0.0.1:4318"
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         socket.create_connection((parts.hostname, port), timeout=5).close()

@@ -43,6 +43,8 @@ FEATURES = (
 # Below what the kernel hands out for outgoing connections, so that a port of a server that is away
 # for a while is still free when it comes back.
 PORTS = range(20_000, 32_000)
+_given: set[int] = set()
+"""Ports that a server of this process has been given, which may not listen there yet."""
 
 
 class NoServersError(Exception):
@@ -65,15 +67,18 @@ def binaries() -> dict[str, str]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports on which nothing listens."""
+    """Return ports on which nothing listens, and none twice; workers of pytest-xdist share none."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
+    own = [port for port in PORTS if port % 16 == worker and port not in _given]
     ports: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+    for port in random.SystemRandom().sample(own, len(own)):
         with socket.socket() as probe:
             try:
                 probe.bind((LOCALHOST, port))
             except OSError:
                 continue
         ports.append(port)
+        _given.add(port)
         if len(ports) == count:
             return ports
     raise OSError("there are no free ports")

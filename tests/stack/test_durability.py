@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 STREAM = Path(__file__).parent / "programs" / "stream.py"
-FAST = {"OTEL_BSP_SCHEDULE_DELAY": "100", "OTEL_METRIC_EXPORT_INTERVAL": "500"}
+FAST = {
+    "OTEL_BSP_SCHEDULE_DELAY": "100",
+    "OTEL_BSP_MAX_QUEUE_SIZE": "50000",  # a stream that was held up by a busy machine catches up
+    "OTEL_METRIC_EXPORT_INTERVAL": "500",
+}
 ENDS = ("exported", "failed", "dropped", "waiting")
 RECEIVED = "threat_ingest_items_received_total"
 
@@ -139,6 +144,37 @@ def test_destinations_that_come_back_get_what_they_missed(tmp_path: Path) -> Non
             assert streamed.signals["spans"]["exported"] == streamed.made
             until_equal(0, lambda: missing(jaeger, streamed))
             wait_for_items(prometheus, streamed)
+
+
+def test_a_program_with_a_wrong_clock_harms_no_other(tmp_path: Path) -> None:
+    """What Prometheus refuses of one program is counted, and takes nothing of others with it."""
+    jaeger, prometheus = Jaeger(tmp_path / "jaeger"), Prometheus(tmp_path / "prometheus")
+    with prometheus, Collector(tmp_path / "c", jaeger.otlp, prometheus.url) as collector:
+        for service, ahead in (("one", 0), ("fast", 3600), ("two", 0)):
+            send_a_point(collector, service, time.time() + ahead)
+        until_equal({"one", "two"}, lambda: set(prometheus.api.sums("clock", "job")))
+        prometheus.scrape("collector", collector.metrics_address)
+        lost = "otelcol_exporter_send_failed_metric_points_total"
+        until_equal(1, lambda: prometheus.api.value(f"sum({lost})"))
+
+
+def send_a_point(collector: Collector, service: str, at: float) -> None:
+    """Send one point of a gauge by OTLP, as a program does whose clock says so."""
+    name = {"key": "service.name", "value": {"stringValue": service}}
+    point = {"timeUnixNano": str(int(at * 1e9)), "asInt": "1"}
+    metrics = [{"name": "clock", "gauge": {"dataPoints": [point]}}]
+    body = {
+        "resourceMetrics": [
+            {"resource": {"attributes": [name]}, "scopeMetrics": [{"metrics": metrics}]}
+        ]
+    }
+    request = urllib.request.Request(
+        f"{collector.http}/v1/metrics",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert answer.status == 200
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http/protobuf"])

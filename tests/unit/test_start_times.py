@@ -13,11 +13,13 @@ from opentelemetry.sdk.metrics.export import (
     MetricsData,
 )
 
+from periscope_otel.telemetry import names
 from periscope_otel.telemetry.start_times import StartTimes
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter
 
+IT = "threat.ingest.it"
 BEGAN = 1_000
 """Long before anything that a test measures."""
 
@@ -29,7 +31,8 @@ class Collects:
         preferred = {} if temporality is None else {Counter: temporality}
         self._reader = InMemoryMetricReader(preferred_temporality=preferred)
         self._provider = MeterProvider([self._reader], shutdown_on_exit=False)
-        self.meter: Meter = self._provider.get_meter("test")
+        self.foreign_meter: Meter = self._provider.get_meter("somebody.elses")
+        self.meter: Meter = self._provider.get_meter(names.SCOPE)
         self._starts = StartTimes(clock=lambda: BEGAN)
 
     def next(self) -> dict[Any, Any]:
@@ -39,19 +42,20 @@ class Collects:
         right = self._starts.put_right(collected)
         return {
             (metric.name, *point.attributes.values()): point
-            for metric in right.resource_metrics[0].scope_metrics[0].metrics
+            for scope in right.resource_metrics[0].scope_metrics
+            for metric in scope.metrics
             for point in metric.data.data_points
         }
 
 
 def make(meter: Meter, kind: str) -> None:
-    """Make an instrument called `it` that has grown to 5."""
+    """Make an instrument called IT that has grown to 5."""
     if kind == "counter":
-        meter.create_counter("it").add(5)
+        meter.create_counter(IT).add(5)
     elif kind == "histogram":
-        meter.create_histogram("it").record(5)
+        meter.create_histogram(IT).record(5)
     else:
-        meter.create_observable_counter("it", [lambda _: [Observation(5)]])
+        meter.create_observable_counter(IT, [lambda _: [Observation(5)]])
 
 
 @pytest.mark.parametrize("kind", ["counter", "histogram", "observable counter"])
@@ -60,34 +64,49 @@ def test_what_the_first_collect_finds_began_with_the_reader(kind: str) -> None:
     collects = Collects()
     make(collects.meter, kind)
     first, second = collects.next(), collects.next()
-    assert first["it",].start_time_unix_nano == BEGAN < first["it",].time_unix_nano
-    assert second["it",].start_time_unix_nano == BEGAN
+    assert first[IT,].start_time_unix_nano == BEGAN < first[IT,].time_unix_nano
+    assert second[IT,].start_time_unix_nano == BEGAN
 
 
 def test_a_later_series_began_at_the_last_collect_without_it() -> None:
     """A label set that comes later was 0 until the collect before, and keeps that start."""
     collects = Collects()
-    counter = collects.meter.create_counter("it")
+    counter = collects.meter.create_counter(IT)
     counter.add(5, {"feed": "urlhaus"})
     first = collects.next()
     counter.add(7, {"feed": "misp"})
     second, third = collects.next(), collects.next()
     for later in (second, third):
-        assert later["it", "urlhaus"].start_time_unix_nano == BEGAN
-        assert later["it", "misp"].start_time_unix_nano == first["it", "urlhaus"].time_unix_nano
-    assert second["it", "misp"].value == 7
+        assert later[IT, "urlhaus"].start_time_unix_nano == BEGAN
+        assert later[IT, "misp"].start_time_unix_nano == first[IT, "urlhaus"].time_unix_nano
+    assert second[IT, "misp"].value == 7
 
 
 def test_what_does_not_only_grow_is_left_alone() -> None:
     """Gauges, up-down counters and delta series are as the SDK gave them."""
     collects = Collects(AggregationTemporality.DELTA)
-    collects.meter.create_gauge("gauge").set(5)
-    collects.meter.create_up_down_counter("queue").add(5)
-    collects.meter.create_counter("delta").add(5)
+    collects.meter.create_gauge("threat.gauge").set(5)
+    collects.meter.create_up_down_counter("threat.queue").add(5)
+    collects.meter.create_counter("threat.delta").add(5)
     points = collects.next()
-    assert points["gauge",].value == points["queue",].value == points["delta",].value == 5
-    assert points["queue",].start_time_unix_nano > BEGAN
-    assert points["delta",].start_time_unix_nano > BEGAN
+    assert {point.value for point in points.values()} == {5}
+    assert points["threat.queue",].start_time_unix_nano > BEGAN
+    assert points["threat.delta",].start_time_unix_nano > BEGAN
+
+
+@pytest.mark.parametrize("kind", ["counter", "histogram", "observable counter"])
+def test_what_others_count_keeps_its_start(kind: str) -> None:
+    """A counter of another library may have grown before this process: its start is its own."""
+    collects = Collects()
+    make(collects.foreign_meter, kind)
+    assert collects.next()[IT,].start_time_unix_nano > BEGAN
+
+
+def test_what_the_system_has_counted_keeps_its_start() -> None:
+    """A counter that passes on what the host counts since its start did not begin with us."""
+    collects = Collects()
+    collects.meter.create_observable_counter("system.cpu.time", [lambda _: [Observation(10**6)]])
+    assert collects.next()["system.cpu.time",].start_time_unix_nano > BEGAN
 
 
 def test_an_empty_collect_is_none_that_a_series_was_missing_from() -> None:

@@ -1,10 +1,11 @@
-"""When each series began: at the last collect that did not have it yet.
+"""When our own series began: at the last collect that did not have them yet.
 
 The SDK lets a series begin when it is first measured, and an observable counter when it is first
 collected. What a job did that exports once, at its end, has then begun at that very moment, and a
-backend that looks at how much a counter has grown finds nothing. A counter was 0 for as long as a
-collect did not find it, so that is where it begins here: a true start, as OpenTelemetry's data
-model (Metrics Data Model, "Resets and Gaps") wants it.
+backend that looks at how much a counter has grown finds nothing. What is counted here from nothing
+was 0 for as long as a collect did not find it, so that is where it begins: a true start, as
+OpenTelemetry's data model (Metrics Data Model, "Resets and Gaps") wants it. Counters of others, and
+those that only pass on what the system has counted since it was started, keep the start they have.
 """
 
 from __future__ import annotations
@@ -15,14 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.metrics.export import AggregationTemporality, MetricsData
 
+from periscope_otel.telemetry import names
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from opentelemetry.sdk.metrics.export import Metric
 
 
+COUNTED_HERE = ("threat.", "circuit_breaker.", "dead_letter.", "periscope.")
+"""What the names of the metrics begin with that this package counts from nothing."""
+
+
 class StartTimes:
-    """Puts right when the cumulative series of one reader began.
+    """Puts right when our own cumulative series began; for one reader.
 
     Args:
         clock: Nanoseconds since 1970; what is counted begins now.
@@ -41,8 +48,10 @@ class StartTimes:
             scopes = []
             for scope in resource.scope_metrics:
                 latest = max(latest, _latest_in(scope.metrics))
-                metrics = [self._metric(metric) for metric in scope.metrics]
-                scopes.append(replace(scope, metrics=metrics))
+                if scope.scope.name == names.SCOPE:
+                    metrics = [self._metric(metric) for metric in scope.metrics]
+                    scope = replace(scope, metrics=metrics)  # noqa: PLW2901
+                scopes.append(scope)
             resources.append(replace(resource, scope_metrics=scopes))
         self._last_collect = latest
         return MetricsData(resource_metrics=resources)
@@ -51,7 +60,11 @@ class StartTimes:
         data: Any = metric.data
         temporality = getattr(data, "aggregation_temporality", None)  # a gauge has none
         only_grows = getattr(data, "is_monotonic", True)  # a histogram does
-        if temporality is not AggregationTemporality.CUMULATIVE or not only_grows:
+        if (
+            temporality is not AggregationTemporality.CUMULATIVE
+            or not only_grows
+            or not metric.name.startswith(COUNTED_HERE)
+        ):
             return metric
         points = [
             replace(point, start_time_unix_nano=self._start_of(point)) for point in data.data_points
