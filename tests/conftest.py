@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -29,6 +30,15 @@ def telemetry_is_left_as_it_was() -> Iterator[None]:
     before = current.telemetry
     yield
     assert current.telemetry is before
+
+
+def pytest_configure() -> None:
+    """Let programs that tests start be interrupted, also where a shell runs all in background.
+
+    Such a shell has what it starts ignore SIGINT, and whatever that starts inherits it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(trylast=True)
