@@ -19,6 +19,7 @@ import yaml
 from apis import get_json
 from follow import follow
 from servers import CONFIG, FEATURES, Collector, Jaeger, Prometheus, binaries
+from waiting import until_equal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,16 +182,21 @@ def test_run_sh_runs_all_three_until_ctrl_c(tmp_path: Path) -> None:
     with running_run_sh(tmp_path, jaeger, prometheus, collector) as (script, told):
         servers = psutil.Process(script.pid).children(recursive=True)
         hops = follow(collector.http, jaeger=jaeger.api.url, prometheus=prometheus.url)
-        targets = get_json(f"{prometheus.url}/api/v1/targets")["data"]["activeTargets"]
+        here = {f"127.0.0.1:{port}" for port in (8888, 18888, 9090, 9464)}
+        until_equal(here, lambda: scraped_by(prometheus))
         script.send_signal(signal.SIGINT)
         assert script.wait(30) == 130
     assert [hop.passed for hop in hops] == [True] * 4, hops
     assert all(url in told for url in (collector.http, jaeger.api.url, prometheus.url))
-    scraped = {target["discoveredLabels"]["__address__"] for target in targets}
-    assert scraped == {f"127.0.0.1:{port}" for port in (8888, 18888, 9090, 9464)}
     gone, alive = psutil.wait_procs(servers, timeout=10)
     assert len(gone) >= 3
     assert alive == []
+
+
+def scraped_by(prometheus: Prometheus) -> set[str]:
+    """Return the addresses that a Prometheus scrapes, or tries to."""
+    targets = get_json(f"{prometheus.url}/api/v1/targets")["data"]["activeTargets"]
+    return {target["discoveredLabels"]["__address__"] for target in targets}
 
 
 def test_run_sh_needs_only_what_it_runs(tmp_path: Path) -> None:
