@@ -527,7 +527,7 @@ def test_alive_at_the_end_of_the_interpreter(end):
             try:
                 yield 1
             finally:
-                print("closed")
+                print("closed", flush=True)
         generator = count()
         next(generator)
     """
