@@ -147,12 +147,17 @@ def run(
 
 
 def clean_environment() -> dict[str, str]:
-    """Return this process's environment without what would steer a program's telemetry."""
-    return {
+    """Return this process's environment without what would steer a program's telemetry.
+
+    What programs write is not buffered: a signal handler cannot write to a buffer that the signal
+    found in use, and a forked child would write its parent's buffer once more.
+    """
+    kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(_LEFT_OUT) and not name.lower().endswith("_proxy")
     }
+    return kept | {"PYTHONUNBUFFERED": "1"}
 
 
 def otlp(endpoint: str, protocol: str = "http/protobuf", **more: str) -> dict[str, str]:
