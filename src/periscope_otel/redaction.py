@@ -17,7 +17,7 @@ import re
 from functools import cache
 from typing import Final
 
-__all__ = ["clean_name", "redact"]
+__all__ = ["clean_name", "names_a_secret", "redact"]
 
 _MARKER: Final = "[redacted]"
 _CUT: Final = "…"
@@ -87,6 +87,12 @@ _WORD: Final = rf"[\w.-]++ (?= {_CLOSE} (?:[:=]|%3D))"
 _OFTEN_NAME: Final = rf"{_START} {_WORD} {_is(*_OFTEN)}"
 _NO_CREDENTIAL: Final = "".join(rf"(?<!{word}[-_\ ]key)" for word in _NEVER)
 _RARE_NAME: Final = rf"{_START} {_WORD} {_is(*_RARELY)} {_NO_CREDENTIAL}"
+# A parameter that is called `misp_key` is one as well; plain `key` may be anything.
+_SECRET_NAME: Final = re.compile(
+    rf"""[\w.\ -]++ (?: {_ends(*_SURE, *_HEADERS)} | {_is(*_OFTEN, "auth", "pass")}
+        | (?<=[a-z0-9][-_]key) {_NO_CREDENTIAL} )""",
+    re.VERBOSE | re.IGNORECASE,
+)
 # A value that is itself the name of the next pair must not be taken: its own value would stay.
 _ANY_NAME: Final = (
     rf"""[bu]?+ \\*+ ["']?+ {_WORD} (?: {_ends(*_SURE, *_HEADERS)} | {_is(*_RARELY)} )"""
@@ -450,6 +456,20 @@ def redact(text: str, limit: int = 1024) -> str:
         text = result
     # A text made to change with every round: what it holds can't be told.
     return _shorten(_MARKER, limit)
+
+
+def names_a_secret(name: str) -> bool:
+    """Say whether what has this name, such as a parameter or a header, should be kept to oneself.
+
+    Args:
+        name: Of any case, with `_`, `-` or `.` between its words; a plural counts too.
+
+    Example:
+        >>> [names_a_secret(name) for name in ("api_key", "passwords", "url", "primary_key")]
+        [True, True, False, False]
+    """
+    short = name[:200].strip()
+    return any(_SECRET_NAME.fullmatch(one) for one in (short, short.removesuffix("s")))
 
 
 def clean_name(value: object, limit: int = 200) -> str:
