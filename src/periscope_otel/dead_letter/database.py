@@ -1,0 +1,284 @@
+"""A SQLite file that threads, processes and forks share, and that survives the death of each.
+
+One connection writes, behind a lock; whoever reads borrows a connection of its own, so that a long
+list holds no writer up. A fork waits a moment for what is under way, since SQLite keeps track of
+locks in the memory of a process, and a child would inherit locks that nobody ever gives back. The
+child opens new connections and leaves the parent's alone (sqlite.org/howtocorrupt.html, 2.6).
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+import weakref
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from periscope_otel.dead_letter.errors import StoreError, StoreFullError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_PRIVATE: Final = 0o600
+_NETWORKED: Final = frozenset(
+    [
+        "nfs",
+        "nfs4",
+        "cifs",
+        "smb2",
+        "smb3",
+        "smbfs",
+        "afpfs",
+        "ncpfs",
+        "9p",
+        "fuse.sshfs",
+        "fuse.s3fs",
+        "glusterfs",
+        "ceph",
+        "lustre",
+    ]
+)
+"""File systems on which SQLite's locks do not hold (sqlite.org/wal.html, "All processes using a
+database must be on the same host computer")."""
+
+_MOST_IDLE: Final = 8
+"""Connections for reading that are kept for the next reader."""
+
+_FOREVER: Final[list[object]] = []
+"""Connections of a parent process, which a child must neither use nor close."""
+
+
+class _ForkGate:
+    """Lets a fork wait for what is under way in this process's files."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._forking = False
+
+    def __enter__(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._forking, FORK_WAIT)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._changed.notify_all()
+
+    def before_fork(self) -> None:
+        """Let nothing begin, and wait until all that has begun is over, for a second at most."""
+        with self._changed:
+            self._forking = True
+            self._changed.wait_for(lambda: not self._inside, FORK_WAIT)
+
+    def after_fork_in_parent(self) -> None:
+        """Let it go on."""
+        with self._changed:
+            self._forking = False
+            self._changed.notify_all()
+
+    def after_fork_in_child(self) -> None:
+        """Begin anew; what was under way after all makes the files unusable here."""
+        was_busy = self._inside > 0
+        self.__init__()  # type: ignore[misc]
+        for database in list(_OPEN):
+            database.after_fork(usable=not was_busy)
+
+
+FORK_WAIT: Final = 1.0
+"""Seconds that a fork waits at most for a transaction to end; mostly it is a fraction of one."""
+
+_OPEN: Final[weakref.WeakSet[Database]] = weakref.WeakSet()
+_gate: Final = _ForkGate()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_gate.before_fork,
+        after_in_parent=_gate.after_fork_in_parent,
+        after_in_child=_gate.after_fork_in_child,
+    )
+
+
+class Database:
+    """A file with a schema.
+
+    Args:
+        path: The file; made if it is not there, with its folder, both readable by their user alone.
+        schema: Statements that make it what it is, harmless where it is that already.
+        synchronous: `FULL` if what is committed has to survive a power cut, `NORMAL` if the death
+            of the process is all that it has to survive.
+        busy: Seconds to wait for another process that writes.
+        checkpoints: Whether commits move what they wrote into the database now and then. Without
+            that, whoever opened it has to.
+
+    Raises:
+        StoreError: If it cannot be used; the message says why.
+    """
+
+    _written_by: sqlite3.Connection | None
+    _idle: list[sqlite3.Connection]
+    _lent: set[sqlite3.Connection]
+    """Those that somebody reads with now."""
+
+    def __init__(
+        self,
+        path: str | Path,
+        schema: str,
+        *,
+        synchronous: str = "FULL",
+        busy: float = 5.0,
+        checkpoints: bool = True,
+    ) -> None:
+        self.path = Path(path).absolute()
+        self._schema = schema
+        self._pragmas = (
+            f"PRAGMA busy_timeout={int(busy * 1000)}",
+            f"PRAGMA synchronous={synchronous}",
+            f"PRAGMA wal_autocheckpoint={1000 if checkpoints else 0}",
+        )
+        self._reset()
+        self._make_private_file()
+        _OPEN.add(self)
+        with self.writing():
+            pass
+
+    @contextmanager
+    def writing(self) -> Iterator[sqlite3.Connection]:
+        """Run a block as one transaction; what raises inside of it undoes it.
+
+        Raises:
+            StoreError: If the file cannot be written to, now or at all.
+        """
+        with self._lock, _gate, _explained(self.path):
+            connection = self._writer()
+            connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+
+    def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
+        """Return the rows of a query."""
+        with _gate, _explained(self.path), self._borrowed() as connection:
+            return connection.execute(query, values).fetchall()
+
+    def checkpoint(self) -> None:
+        """Move what was written into the database, as far as nobody reads or writes it now."""
+        with _gate, _explained(self.path), self._borrowed() as connection:
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def close(self) -> None:
+        """Close this process's connections; those in use, when they are given back."""
+        with self._lock:
+            if self._written_by is not None:
+                self._written_by.close()
+            self._written_by = None
+            self._lent = set()
+            while self._idle:
+                self._idle.pop().close()
+
+    def after_fork(self, *, usable: bool) -> None:
+        """Leave the parent's connections alone, in the child of a fork."""
+        _FOREVER.extend((self._written_by, *self._idle, *self._lent))
+        self._reset()
+        self._usable = usable
+
+    def _reset(self) -> None:
+        self._usable = True
+        self._lock = threading.Lock()
+        self._written_by = None
+        self._idle = []
+        self._lent = set()
+
+    def _writer(self) -> sqlite3.Connection:
+        if self._written_by is None:
+            connection = self._connect()
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                connection.executescript(self._schema)
+            except BaseException:
+                connection.close()
+                raise
+            self._written_by = connection
+        return self._written_by
+
+    @contextmanager
+    def _borrowed(self) -> Iterator[sqlite3.Connection]:
+        """Lend a connection for reading; there are as many as there are readers at a time."""
+        lent = self._lent
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = self._connect()
+        lent.add(connection)
+        try:
+            yield connection
+        finally:
+            lent.discard(connection)
+            if lent is self._lent and len(self._idle) < _MOST_IDLE:
+                self._idle.append(connection)
+            else:  # closed meanwhile, or more than enough
+                connection.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        if not self._usable:
+            raise StoreError(f"cannot use {self.path}: forked in the middle of a transaction")
+        # The lock, and lending, see to it that no two threads use one at a time.
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            for pragma in self._pragmas:
+                connection.execute(pragma)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _make_private_file(self) -> None:
+        folder = self.path.parent
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            refuse_networked(folder)
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, _PRIVATE))
+            os.chmod(self.path, _PRIVATE)  # noqa: PTH101  (it may have been there already)
+        except OSError as error:
+            raise StoreError(f"cannot use {self.path}: {error.strerror}") from None
+        except ValueError as error:  # a name with a null character
+            raise StoreError(f"cannot use {str(self.path)!r}: {error}") from None
+
+
+def refuse_networked(folder: Path) -> None:
+    """Raise a StoreError if a folder is on a file system of another machine."""
+    kind = _file_system_of(folder.resolve())
+    if kind.lower() in _NETWORKED:
+        raise StoreError(
+            f"{folder} is on a network file system ({kind}), where file locks cannot be relied on; "
+            "choose a data directory on a local disk"
+        )
+
+
+def _file_system_of(folder: Path) -> str:
+    import psutil
+
+    mounted = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    for place in (folder, *folder.parents):
+        if str(place) in mounted:
+            return mounted[str(place)]
+    return ""
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{path} is damaged: {error}") from error
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorname", "") or ""
+        kind = StoreFullError if code == "SQLITE_FULL" else StoreError
+        raise kind(f"cannot use {path}: {error}") from error

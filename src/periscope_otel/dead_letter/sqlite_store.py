@@ -1,0 +1,420 @@
+"""Letters in a SQLite file: the embedded store, which needs no server.
+
+Each letter is a row: the encoded letter as it was put, and columns for what changes and for what
+one looks for. Counts are kept by triggers in the same transactions, so they are right at any time
+and cost the same with ten letters as with a million.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote
+
+import msgspec
+
+from periscope_otel import guard
+from periscope_otel.dead_letter.database import Database
+from periscope_otel.dead_letter.errors import DamagedLetterError, StoreError
+from periscope_otel.dead_letter.letter import Letter
+from periscope_otel.dead_letter.store import (
+    LONGEST_PAGE,
+    MOST_LEASES,
+    MOST_REPLAYS,
+    PAGE,
+    REMEMBERED,
+    Claim,
+    Filter,
+    Page,
+    Put,
+    Stats,
+    among,
+    in_state,
+    payload_identity,
+    resting_state,
+)
+from periscope_otel.redaction import clean_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+    from sqlite3 import Connection
+    from typing import Self
+
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS letters (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    queue TEXT NOT NULL,
+    state TEXT NOT NULL,
+    revision INTEGER NOT NULL DEFAULT 1,
+    operation TEXT NOT NULL,
+    feed TEXT,
+    fingerprint TEXT NOT NULL,
+    error_type TEXT,
+    same TEXT NOT NULL,             -- equal for the same payload under the same idempotency key
+    failed_at REAL NOT NULL,
+    more_attempts INTEGER NOT NULL DEFAULT 0,
+    replays INTEGER NOT NULL DEFAULT 0,
+    leases INTEGER NOT NULL DEFAULT 0,      -- that ran out
+    owner TEXT,                     -- of a claim, with its end and the state before it
+    until REAL,
+    before TEXT,
+    size INTEGER NOT NULL,
+    letter BLOB NOT NULL,
+    latest BLOB                     -- its latest failure, if that is not the one in the letter
+) STRICT;
+CREATE INDEX IF NOT EXISTS letters_by_state ON letters (queue, state, seq);
+CREATE INDEX IF NOT EXISTS letters_by_age ON letters (queue, failed_at) WHERE state = 'dead';
+CREATE INDEX IF NOT EXISTS letters_by_fingerprint ON letters (queue, fingerprint, seq);
+CREATE INDEX IF NOT EXISTS letters_by_feed ON letters (queue, feed, seq);
+CREATE INDEX IF NOT EXISTS letters_by_same ON letters (same) WHERE state <> 'claimed';
+CREATE INDEX IF NOT EXISTS letters_by_lease ON letters (queue, until) WHERE state = 'claimed';
+
+CREATE TABLE IF NOT EXISTS totals (
+    queue TEXT, state TEXT, feed TEXT, fingerprint TEXT, letters INTEGER, size INTEGER,
+    PRIMARY KEY (queue, state, feed, fingerprint)
+) STRICT, WITHOUT ROWID;
+CREATE TRIGGER IF NOT EXISTS letters_added AFTER INSERT ON letters BEGIN
+    INSERT INTO totals
+    VALUES (new.queue, new.state, ifnull(new.feed, ''), new.fingerprint, 1, new.size)
+    ON CONFLICT DO UPDATE SET letters = letters + 1, size = size + excluded.size;
+END;
+CREATE TRIGGER IF NOT EXISTS letters_removed AFTER DELETE ON letters BEGIN
+    UPDATE totals SET letters = letters - 1, size = size - old.size WHERE queue = old.queue
+        AND state = old.state AND feed = ifnull(old.feed, '') AND fingerprint = old.fingerprint;
+    DELETE FROM totals WHERE queue = old.queue AND state = old.state
+        AND feed = ifnull(old.feed, '') AND fingerprint = old.fingerprint AND letters = 0;
+END;
+CREATE TRIGGER IF NOT EXISTS letters_changed
+AFTER UPDATE OF state, fingerprint, size ON letters BEGIN
+    UPDATE totals SET letters = letters - 1, size = size - old.size WHERE queue = old.queue
+        AND state = old.state AND feed = ifnull(old.feed, '') AND fingerprint = old.fingerprint;
+    DELETE FROM totals WHERE queue = old.queue AND state = old.state
+        AND feed = ifnull(old.feed, '') AND fingerprint = old.fingerprint AND letters = 0;
+    INSERT INTO totals
+    VALUES (new.queue, new.state, ifnull(new.feed, ''), new.fingerprint, 1, new.size)
+    ON CONFLICT DO UPDATE SET letters = letters + 1, size = size + excluded.size;
+END;
+
+-- Letters that are done, so that one which comes late from somewhere does not come back.
+CREATE TABLE IF NOT EXISTS removed (id TEXT PRIMARY KEY, until REAL NOT NULL) STRICT, WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS removed_by_time ON removed (until);
+"""
+
+_CHUNK: Final = 500
+"""Letters that one transaction changes, so that others get their turn."""
+
+_FAILURE: Final = "error_type = ?, fingerprint = ?, failed_at = ?, latest = ?"
+_ROW: Final = "letter, latest, state, revision, more_attempts, replays, seq"
+
+
+class SQLiteStore:
+    """Letters in a file of this machine, for any number of threads and processes.
+
+    Args:
+        path: The file.
+        clock: Unix time in seconds.
+        options: Of the `Database`.
+
+    Raises:
+        StoreError: If the file cannot be used.
+    """
+
+    def __init__(
+        self, path: str | Path, *, clock: Callable[[], float] = time.time, **options: Any
+    ) -> None:
+        self._database = Database(path, _SCHEMA, **options)
+        self._clock = clock
+        self.url = f"sqlite:///{quote(str(self._database.path))}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def put(self, letters: Sequence[Letter]) -> list[Put]:
+        """Store letters, all or none; see `Store`."""
+        rows = [(letter, letter.encode()) for letter in letters]  # not while the lock is held
+        with self._database.writing() as writing:
+            return [self._put(writing, letter, blob) for letter, blob in rows]
+
+    def _put(self, writing: Connection, letter: Letter, blob: bytes) -> Put:
+        known = writing.execute(
+            "SELECT 1 FROM letters WHERE id = ?1 UNION ALL SELECT 1 FROM removed WHERE id = ?1",
+            (letter.id,),
+        ).fetchone()
+        if known:
+            return "known"
+        same = payload_identity(letter)
+        failure = (letter.error_type, letter.fingerprint, letter.last_failed_at)
+        merged = writing.execute(
+            f"UPDATE letters SET {_FAILURE}, more_attempts = more_attempts + ?, "  # noqa: S608
+            "revision = revision + 1 WHERE seq = (SELECT seq FROM letters WHERE same = ? AND "
+            "state <> 'claimed' AND queue = ? LIMIT 1)",
+            (*failure, letter.latest(), letter.attempts, same, letter.queue),
+        )
+        if merged.rowcount:
+            self._remember(writing, [letter.id])
+            return "merged"
+        writing.execute(
+            "INSERT INTO letters (id, queue, state, operation, feed, fingerprint, error_type, same,"
+            " failed_at, replays, size, letter) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (letter.id, letter.queue, resting_state(letter.state), letter.operation, letter.feed,
+             letter.fingerprint, letter.error_type, same,
+             letter.last_failed_at,
+             letter.replays, len(blob), blob),
+        )  # fmt: skip
+        return "stored"
+
+    def get(self, letter_id: str, queue: str = "default") -> Letter | None:
+        """Return a letter by its id; see `Store`."""
+        query = f"SELECT {_ROW} FROM letters WHERE id = ? AND queue = ?"  # noqa: S608
+        rows = self._database.read(query, (letter_id, queue))
+        return _letter(rows[0]) if rows else None
+
+    def list(
+        self,
+        where: Filter,
+        *,
+        cursor: str | None = None,
+        limit: int = PAGE,
+        newest_first: bool = False,
+    ) -> Page:
+        """Return a page of letters; see `Store`."""
+        limit = max(1, min(limit, LONGEST_PAGE))
+        conditions, values = _conditions(where)
+        if cursor is not None:
+            conditions += f" AND seq {'<' if newest_first else '>'} ?"
+            values = (*values, _sequence(cursor))
+        order = "DESC" if newest_first else "ASC"
+        rows = self._database.read(
+            f"SELECT {_ROW} FROM letters WHERE {conditions} ORDER BY seq {order} LIMIT ?",  # noqa: S608
+            (*values, limit),
+        )
+        return Page(_undamaged(rows), str(rows[-1][-1]) if len(rows) == limit else None)
+
+    def stats(self, queue: str = "default") -> Stats:
+        """Return how many letters there are; see `Store`."""
+
+        def by(column: str, limit: int = 1000) -> dict[Any, int]:
+            return dict(
+                self._database.read(
+                    f"SELECT {column}, sum(letters) AS n FROM totals WHERE queue = ? AND {column} "  # noqa: S608
+                    "<> '' GROUP BY 1 ORDER BY n DESC LIMIT ?",
+                    (queue, limit),
+                )
+            )
+
+        oldest = self._database.read(
+            "SELECT min(failed_at) FROM letters WHERE queue = ? AND state = 'dead'",
+            (queue,),
+        )
+        (size,) = self._database.read(
+            "SELECT ifnull(sum(size), 0) FROM totals WHERE queue = ?", (queue,)
+        )
+        return Stats(by("state"), by("feed"), by("fingerprint"), oldest[0][0], size[0])
+
+    def requeue(self, where: Filter, limit: int | None = None) -> int:
+        """Queue letters for the next replayer; see `Store`."""
+        return self._change(in_state(where, "dead"), "state = 'queued'", limit)
+
+    def park(self, where: Filter) -> int:
+        """Take letters out of every replay; see `Store`."""
+        return self._change(among(where, ("dead", "queued")), "state = 'parked'")
+
+    def unpark(self, where: Filter) -> int:
+        """Make parked letters dead again; see `Store`."""
+        return self._change(in_state(where, "parked"), "state = 'dead', replays = 0, leases = 0")
+
+    def claim(
+        self, owner: str, lease: float, limit: int = 1, where: Filter | None = None
+    ) -> Sequence[Claim]:
+        """Take letters to replay; see `Store`."""
+        where = where or Filter(states=("queued",))
+        conditions, values = _conditions(among(where, ("dead", "queued")))
+        with self._database.writing() as writing:
+            now = self._clock()
+            _end_leases(writing, where.queue, now)
+            rows = writing.execute(
+                "UPDATE letters SET before = state, state = 'claimed', owner = ?, until = ?, "  # noqa: S608
+                "revision = revision + 1 WHERE seq IN "
+                f"(SELECT seq FROM letters WHERE {conditions} ORDER BY seq LIMIT ?) "
+                f"RETURNING {_ROW}",
+                (owner, now + lease, *values, limit),
+            ).fetchall()
+            for row in rows:
+                if _damage_of(row) is not None:
+                    # No replay can end it, so it is taken out of all of them.
+                    writing.execute(
+                        "UPDATE letters SET state = 'parked', owner = NULL, until = NULL "
+                        "WHERE seq = ?",
+                        (row[-1],),
+                    )
+        rows.sort(key=lambda row: row[-1])
+        return [Claim(letter, owner, now + lease) for letter in _undamaged(rows)]
+
+    def renew(self, claim: Claim, lease: float) -> Claim | None:
+        """Hold a claim for longer; see `Store`."""
+        until = self._clock() + lease
+        held = self._settle(claim, "UPDATE letters SET until = ?", until)
+        return claim._replace(until=until) if held else None
+
+    def settle(self, claim: Claim, failed: Letter | None = None) -> bool:
+        """End a claim; see `Store`."""
+        if failed is None:
+            return self._settle(claim, "DELETE FROM letters", removes=True)
+        failure = (failed.error_type, failed.fingerprint, failed.last_failed_at, failed.latest())
+        return self._settle(
+            claim,
+            f"UPDATE letters SET {_FAILURE}, replays = replays + 1, leases = 0, owner = NULL, "  # noqa: S608
+            "until = NULL, revision = revision + 1, more_attempts = more_attempts + ?, "
+            f"state = iif(replays + 1 >= {MOST_REPLAYS}, 'parked', 'dead')",
+            *failure,
+            max(0, failed.attempts - claim.letter.attempts),
+        )
+
+    def release(self, claim: Claim) -> bool:
+        """Give a letter back that was not tried; see `Store`."""
+        return self._settle(
+            claim,
+            "UPDATE letters SET state = before, owner = NULL, until = NULL, "
+            "revision = revision + 1",
+        )
+
+    def purge(self, where: Filter, *, dry_run: bool = True) -> int:
+        """Remove letters for good; see `Store`."""
+        conditions, values = _conditions(where)
+        if dry_run:
+            query = f"SELECT count(*) FROM letters WHERE {conditions}"  # noqa: S608
+            return int(self._database.read(query, values)[0][0])
+        removed = 0
+        while True:
+            with self._database.writing() as writing:
+                gone = writing.execute(
+                    f"DELETE FROM letters WHERE seq IN (SELECT seq FROM letters WHERE {conditions} "  # noqa: S608
+                    "ORDER BY seq LIMIT ?) RETURNING id",
+                    (*values, _CHUNK),
+                ).fetchall()
+                self._remember(writing, [letter_id for (letter_id,) in gone])
+            removed += len(gone)
+            if len(gone) < _CHUNK:
+                return removed
+
+    def close(self) -> None:
+        """Close the file."""
+        self._database.close()
+
+    def _change(self, where: Filter, change: str, limit: int | None = None) -> int:
+        """Change letters, a chunk at a time; returns how many."""
+        conditions, values = _conditions(where)
+        changed, after = 0, 0
+        while limit is None or changed < limit:
+            chunk = _CHUNK if limit is None else min(_CHUNK, limit - changed)
+            with self._database.writing() as writing:
+                rows = writing.execute(
+                    f"UPDATE letters SET {change}, revision = revision + 1 "  # noqa: S608
+                    f"WHERE seq IN (SELECT seq FROM letters WHERE {conditions} AND seq > ? "
+                    "ORDER BY seq LIMIT ?) RETURNING seq",
+                    (*values, after, chunk),
+                ).fetchall()
+            changed += len(rows)
+            if len(rows) < chunk:
+                break
+            after = max(seq for (seq,) in rows)
+        return changed
+
+    def _settle(self, claim: Claim, statement: str, *values: Any, removes: bool = False) -> bool:
+        letter = claim.letter
+        with self._database.writing() as writing:
+            held = writing.execute(
+                f"{statement} WHERE id = ? AND state = 'claimed' AND owner = ? AND revision = ?",
+                (*values, letter.id, claim.owner, letter.revision),
+            ).rowcount
+            if held and removes:
+                self._remember(writing, [letter.id])
+        return bool(held)
+
+    def _remember(self, writing: Connection, ids: Sequence[str]) -> None:
+        now = self._clock()
+        writing.execute("DELETE FROM removed WHERE until < ?", (now,))
+        writing.executemany(
+            "INSERT OR REPLACE INTO removed VALUES (?, ?)", [(one, now + REMEMBERED) for one in ids]
+        )
+
+
+def _end_leases(writing: Connection, queue: str, now: float) -> None:
+    """Take letters back whose lease has run out; park those that outlive too many replayers."""
+    writing.execute(
+        "UPDATE letters SET leases = leases + 1, owner = NULL, until = NULL, "  # noqa: S608
+        f"revision = revision + 1, state = iif(leases + 1 >= {MOST_LEASES}, 'parked', before) "
+        "WHERE queue = ? AND state = 'claimed' AND until <= ?",
+        (queue, now),
+    )
+
+
+def _letter(row: Sequence[Any]) -> Letter:
+    blob, latest, state, revision, more_attempts, replays, _ = row
+    letter = Letter.decode(blob)
+    if latest is not None:
+        letter = letter.with_latest(latest)
+    return letter.changed(
+        state=state,
+        revision=revision,
+        attempts=letter.attempts + more_attempts,
+        replays=replays,
+    )
+
+
+def _undamaged(rows: Sequence[Sequence[Any]]) -> list[Letter]:
+    """Return the letters that can be read; a damaged one is told of and hides no other."""
+    letters = []
+    for row in rows:
+        damage = _damage_of(row)
+        if damage is None:
+            letters.append(_letter(row))
+        else:
+            guard.warn("damaged letter", "a dead letter cannot be read and is left out: %s", damage)
+    return letters
+
+
+def _damage_of(row: Sequence[Any]) -> DamagedLetterError | None:
+    try:
+        _letter(row)
+    except DamagedLetterError as error:
+        return error
+    return None
+
+
+def _conditions(where: Filter) -> tuple[str, tuple[Any, ...]]:
+    """Return a filter as SQL and its values."""
+    terms: list[str] = ["queue = ?", _is_in("state", where.states)]
+    values: list[Any] = [where.queue, *where.states]
+    if where.ids is not None:
+        terms.append("id IN (SELECT value FROM json_each(?))")  # any number of them
+        values.append(msgspec.json.encode(where.ids).decode())
+    for column, value in (
+        ("feed = ?", where.feed),
+        ("operation = ?", where.operation),
+        ("fingerprint = ?", where.fingerprint),
+        ("error_type = ?", where.error_type),
+        ("failed_at >= ?", where.since),
+        ("failed_at < ?", where.until),
+    ):
+        if value is not None:
+            terms.append(column)
+            values.append(value)
+    return " AND ".join(terms), tuple(values)
+
+
+def _is_in(column: str, values: Sequence[object]) -> str:
+    return f"{column} IN ({','.join('?' * len(values))})"
+
+
+def _sequence(cursor: str) -> int:
+    try:
+        return int(cursor)
+    except ValueError:
+        raise StoreError(f"{clean_name(cursor, 40)!r} is no cursor of this store") from None
