@@ -1,0 +1,68 @@
+"""The one way to a Redis: bounded in time, without retries and without spans of its own.
+
+redis-py alone waits up to a minute for a Redis that hangs, and repeats what failed; whoever asks
+here has a queue, a back-off or a local decision to fall back on, and wants to know soon.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
+from opentelemetry.context import attach, detach, set_value
+
+from periscope_otel.redaction import redact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from redis import Redis
+
+TIMEOUT: Final = 0.5
+"""Seconds for a connection, and for an answer."""
+
+
+class RedisLink:
+    """A Redis and what is known about it; connects when it is first asked.
+
+    Args:
+        url: `redis://`, `rediss://` or `unix://`, as redis-py takes them.
+        timeout: Seconds for a connection, and for an answer.
+    """
+
+    def __init__(self, url: str, timeout: float = TIMEOUT) -> None:
+        from redis import Redis
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+
+        self.shown = redact(url)
+        """The URL without its password."""
+        self.client: Redis = Redis.from_url(
+            url,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            retry=Retry(NoBackoff(), 0),
+            retry_on_error=[],
+            decode_responses=False,
+        )
+
+    @contextmanager
+    def quiet(self) -> Iterator[Redis]:
+        """Give the client for a block in which other instrumentations of redis make no spans."""
+        token = attach(set_value(SUPPRESS_KEY, True))
+        try:
+            yield self.client
+        finally:
+            detach(token)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.client.close()
+
+
+def errors() -> Any:
+    """Return what a Redis that is away, full or not itself raises, for an `except`."""
+    from redis.exceptions import RedisError
+
+    return (RedisError, OSError)

@@ -1,0 +1,184 @@
+"""The Redis store, on a real Redis and a real Valkey: all contracts of a store, and its own."""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from redis_servers import NoServerError, RedisServer
+
+from periscope_otel.dead_letter import Claim, Filter, StoreError, StoreFullError, open_store
+from periscope_otel.dead_letter.redis_store import RedisStore
+
+pytest.register_assert_rewrite("store_conformance")
+
+from store_conformance import (  # noqa: E402  (its assertions are rewritten first)
+    EVERY,
+    LEASE,
+    StoreConformance,
+    a_letter,
+    everything,
+    ids_of,
+    some,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+
+class Clock:
+    """Lets time pass for what a server keeps, by moving the times that it has stored.
+
+    The server's own time goes on as ever; it is the past that moves away from it.
+    """
+
+    def __init__(self, server: RedisServer) -> None:
+        self._server = server
+        self.ahead = 0.0
+
+    @property
+    def now(self) -> float:
+        """Unix time, as if the seconds had passed."""
+        return time.time() + self.ahead
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass."""
+        self.ahead += seconds
+        with self._server.client as client:
+            for key in client.keys("*}:leases"):
+                for letter_id in client.zrange(key, 0, -1):
+                    client.zincrby(key, -seconds, letter_id)
+            for key in client.keys("*}:gone:*"):
+                client.pexpire(key, max(1, client.pttl(key) - int(seconds * 1000)))
+
+
+class StoreOfThatTime(RedisStore):
+    """Tells the end of a lease in the time of a clock that is ahead."""
+
+    clock: Clock
+
+    def _claim(self, *given: Any) -> Sequence[Claim]:
+        return [self._moved(one) for one in super()._claim(*given)]
+
+    def renew(self, claim: Claim, lease: float) -> Claim | None:
+        renewed = super().renew(claim, lease)
+        return renewed and self._moved(renewed)
+
+    def _moved(self, claim: Claim) -> Claim:
+        return claim._replace(until=claim.until + self.clock.ahead)
+
+
+@pytest.fixture(scope="module", params=["redis", "valkey"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RedisServer]:
+    """Return a running server."""
+    try:
+        made = RedisServer(request.param, tmp_path_factory.mktemp("server"))
+    except NoServerError as error:
+        pytest.skip(str(error))
+    with made:
+        yield made
+
+
+@pytest.fixture
+def clock(server: RedisServer) -> Clock:
+    """Return what has `now` and `advance(seconds)`."""
+    return Clock(server)
+
+
+@pytest.fixture
+def store(server: RedisServer, clock: Clock) -> Iterator[RedisStore]:
+    """Return an empty store."""
+    server.client.flushall()
+    with StoreOfThatTime(server.url) as opened:
+        opened.clock = clock
+        yield opened
+
+
+class TestRedisStore(StoreConformance):
+    """All contracts of a store."""
+
+
+def test_a_url_opens_it(server: RedisServer, store: RedisStore) -> None:
+    """`open_store` knows it by the scheme of its URL, and shows no password."""
+    with open_store(server.url.replace("redis://", "redis://:hunter2@")) as opened:
+        assert isinstance(opened, RedisStore)
+        assert "hunter2" not in opened.url
+    with open_store(server.url) as opened:
+        assert opened.stats().total == 0
+
+
+def test_a_url_that_cannot_be_used_is_an_error() -> None:
+    """What redis-py does not understand is said at once."""
+    with pytest.raises(StoreError, match="no Redis has such a URL"):
+        open_store("redis://127.0.0.1:port/0")
+
+
+def test_a_redis_that_is_away_is_an_error(server: RedisServer, tmp_path: Path) -> None:
+    """Refused and unanswered calls are a StoreError soon, and work again when it is back."""
+    with RedisServer("redis", tmp_path) as own, RedisStore(own.url, timeout=0.2) as store:
+        store.put(some(1))
+        own.pause()
+        with pytest.raises(StoreError, match="Timeout"):
+            store.stats()
+        own.resume()
+        assert store.stats().total == 1
+        own.kill()
+        with pytest.raises(StoreError, match="refused"):
+            store.put(some(1))
+
+
+def test_a_full_redis_refuses_letters_and_lets_others_go(tmp_path: Path) -> None:
+    """Without memory nothing is put, which is said; what is there can be replayed and removed."""
+    options = {"maxmemory": "3mb", "maxmemory_policy": "noeviction"}
+    with RedisServer("redis", tmp_path, **options) as own, RedisStore(own.url) as store:
+        put = 0
+        with suppress(StoreFullError):
+            while put < 10_000:
+                put += store.put([a_letter(os.urandom(2000))]).count("stored")
+        assert 100 < put == store.stats().total < 10_000
+        (claim,) = store.claim("one", LEASE, where=Filter())
+        assert store.settle(claim)
+        assert store.purge(Filter(), dry_run=False) == put - 1
+        assert store.put(some(1)) == ["stored"]
+
+
+def test_letters_survive_a_restart_with_persistence(tmp_path: Path) -> None:
+    """With `appendonly` a Redis that is killed has them again, and knows the scripts anew."""
+    options = {"appendonly": "yes", "appendfsync": "always"}
+    with RedisServer("redis", tmp_path, **options) as own, RedisStore(own.url) as store:
+        letters = some(5)
+        store.put(letters)
+        own.kill()
+        own.start()
+        assert ids_of(everything(store)) == ids_of(letters)
+        assert store.put(letters) == ["known"] * 5
+
+
+def test_memory_for_a_letter_is_bounded(store: RedisStore, server: RedisServer) -> None:
+    """A letter takes at most 1.25 times its encoded form and 1,400 bytes."""
+    letters = [a_letter(os.urandom(2048)) for _ in range(1000)]
+    encoded = sum(len(letter.encode()) for letter in letters)
+    store.put(some(1))
+    with server.client as client:
+        before = client.info("memory")["used_memory"]
+        for start in range(0, 1000, 50):
+            store.put(letters[start : start + 50])
+        taken = client.info("memory")["used_memory"] - before
+    assert taken <= 1.25 * encoded + 1400 * len(letters)
+
+
+def test_a_damaged_letter_hides_no_other(store: RedisStore, server: RedisServer) -> None:
+    """What cannot be read is left out of lists and claims."""
+    letters = some(3)
+    store.put(letters)
+    with server.client as client:
+        client.hset(f"periscope:{{default}}:l:{letters[1].id}", "b", b"\xc1")
+    assert ids_of(everything(store)) == [letters[0].id, letters[2].id]
+    store.requeue(EVERY)
+    assert ids_of(store.claim("one", LEASE, 3)) == [letters[0].id, letters[2].id]
