@@ -1,0 +1,129 @@
+"""The forwarder: moves letters from the outbox to the store, for all processes that share a file.
+
+One process at a time does it, the one that holds a file lock; if it dies, another takes over where
+it stopped. Every step may be repeated without harm, since a store knows a letter by its id.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import defaultdict
+from typing import TYPE_CHECKING, Final
+
+from periscope_otel import guard
+from periscope_otel.dead_letter.errors import DeadLetterError, StoreError
+from periscope_otel.dead_letter.locks import ProcessLock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from periscope_otel.dead_letter.letter import Letter
+    from periscope_otel.dead_letter.outbox import Outbox
+    from periscope_otel.dead_letter.store import Store
+
+BEAT: Final = 0.2
+"""Seconds between two rounds; each moves what was written into the database."""
+
+SHORTEST_WAIT: Final = 0.5
+LONGEST_WAIT: Final = 30.0
+"""Seconds to leave a store alone that failed; doubled each time, with full jitter."""
+
+
+class Forwarder:
+    """Moves letters in a thread of its own.
+
+    Args:
+        outbox: Where from.
+        store: Where to.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(
+        self, outbox: Outbox, store: Store, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._outbox = outbox
+        self._store = store
+        self._clock = clock
+        self._lock = ProcessLock(outbox.database.path.with_suffix(".forwarder"))
+        self._failures = 0
+        self._not_before = 0.0
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Start the thread, if it does not run."""
+        if self._thread is None:
+            self._thread = threading.Thread(
+                target=self._run, name="periscope-dead-letters", daemon=True
+            )
+            self._thread.start()
+
+    def wake(self) -> None:
+        """Have it look now rather than at the next beat."""
+        self._wake.set()
+
+    def stop(self, timeout: float) -> None:
+        """End the thread, waiting so many seconds at most, and give the file lock up."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(timeout)
+        self._lock.release()
+
+    def round(self) -> bool:
+        """Do what is to be done now, if it is this process's turn.
+
+        Returns:
+            Whether there may be more to do at once.
+        """
+        self._outbox.database.checkpoint()
+        if self._clock() < self._not_before or not self._lock.acquire():
+            return False
+        try:
+            moved = self._forward()
+            checked = self._check_again()
+        except StoreError as error:
+            self._leave_it_alone(error)
+            return False
+        self._failures = 0
+        return moved or checked
+
+    def _forward(self) -> bool:
+        letters = self._outbox.next()
+        if letters:
+            self._put(letters)
+            self._outbox.taken(letters)
+        return bool(letters)
+
+    def _check_again(self) -> bool:
+        """Put once more what the store has forgotten, and let go of what it still has."""
+        letters = self._outbox.due()
+        if letters:
+            self._put(letters)  # a store that has a letter, or has done with it, only says so
+            self._outbox.let_go(letters)
+        return bool(letters)
+
+    def _put(self, letters: list[Letter]) -> None:
+        by_queue: defaultdict[str, list[Letter]] = defaultdict(list)
+        for letter in letters:
+            by_queue[letter.queue].append(letter)
+        for own in by_queue.values():
+            self._store.put(own)
+
+    def _leave_it_alone(self, error: DeadLetterError) -> None:
+        self._failures += 1
+        longest = min(LONGEST_WAIT, SHORTEST_WAIT * 2 ** min(self._failures, 10))
+        self._not_before = self._clock() + random.uniform(SHORTEST_WAIT, longest)  # noqa: S311
+        guard.warn("dead letter store", "dead letters wait in the outbox: %s", error)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            more = False
+            with guard.contained("dead letter forwarder"):
+                more = self.round()
+            if not more:
+                self._wake.wait(BEAT)
+                self._wake.clear()

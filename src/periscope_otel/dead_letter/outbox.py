@@ -1,0 +1,143 @@
+"""The outbox: letters on their way to a store that is elsewhere, in a file of this machine.
+
+Putting a letter is one local write, whatever the network does. Letters stay for a while after the
+store has taken them, and are looked for there once more before they go: what a store forgets within
+that time (a restart without persistence, a failover) is put again.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from periscope_otel.dead_letter.database import Database
+from periscope_otel.dead_letter.letter import Letter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+GRACE: Final = 60.0
+"""Seconds for which a letter stays after the store has taken it."""
+
+LATEST_CHECK: Final = 1.5 * GRACE
+"""Seconds until a letter is looked for at the latest: well before a store forgets the ids of those
+that it has done with, after twice the grace time."""
+
+MOST_LETTERS: Final = 64
+"""Letters of one batch."""
+
+MOST_BYTES: Final = 1 << 20
+"""Bytes of one batch, unless a single letter is larger."""
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS outbox (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    id TEXT NOT NULL UNIQUE,
+    put_at REAL NOT NULL,
+    taken_at REAL,                  -- when the store took it
+    letter BLOB NOT NULL
+) STRICT;
+CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (seq) WHERE taken_at IS NULL;
+CREATE INDEX IF NOT EXISTS outbox_taken ON outbox (taken_at) WHERE taken_at IS NOT NULL;
+"""
+
+
+class Waiting(NamedTuple):
+    """What an outbox holds that the store has not taken."""
+
+    letters: int
+    oldest: float | None
+    """When the oldest of it was put; Unix time."""
+
+
+class Outbox:
+    """Letters that have not yet arrived for good.
+
+    Args:
+        path: The file; several processes may share it.
+        clock: Unix time in seconds.
+        options: Of the `Database`.
+
+    Raises:
+        StoreError: If the file cannot be used.
+    """
+
+    def __init__(
+        self, path: str | Path, *, clock: Callable[[], float] = time.time, **options: Any
+    ) -> None:
+        self._clock = clock
+        self.database = Database(path, _SCHEMA, **{"synchronous": "NORMAL", **options})
+
+    def put(self, letters: Iterable[Letter]) -> None:
+        """Keep letters until the store has them; all or none of them, each once.
+
+        Raises:
+            StoreError: If they cannot be written now.
+        """
+        now = self._clock()
+        rows = [(letter.id, now, letter.encode()) for letter in letters]
+        with self.database.writing() as writing:
+            writing.executemany(
+                "INSERT OR IGNORE INTO outbox (id, put_at, letter) VALUES (?, ?, ?)", rows
+            )
+
+    def next(self) -> list[Letter]:
+        """Return the next batch for the store, oldest first; it stays until it is `taken`."""
+        rows = self.database.read(
+            "SELECT letter FROM outbox WHERE taken_at IS NULL ORDER BY seq LIMIT ?", (MOST_LETTERS,)
+        )
+        return [Letter.decode(blob) for blob in _within(MOST_BYTES, rows)]
+
+    def taken(self, letters: Sequence[Letter]) -> None:
+        """Note that the store has taken letters; they stay for the grace time."""
+        now = self._clock()
+        with self.database.writing() as writing:
+            writing.executemany(
+                "UPDATE outbox SET taken_at = ? WHERE id = ?", [(now, one.id) for one in letters]
+            )
+
+    def due(self) -> list[Letter]:
+        """Return a batch of letters whose grace time has just ended, to be looked for once more.
+
+        Where nobody looked in time, they are gone: the store may have done with them and have
+        forgotten that, and they must not come back.
+        """
+        now = self._clock()
+        rows = self.database.read(
+            "SELECT letter, taken_at FROM outbox WHERE taken_at <= ? ORDER BY taken_at LIMIT ?",
+            (now - GRACE, MOST_LETTERS),
+        )
+        letters = [(Letter.decode(blob), taken_at) for blob, taken_at in rows]
+        late = [letter for letter, taken_at in letters if taken_at < now - LATEST_CHECK]
+        if late:
+            self.let_go(late)
+        return [letter for letter, taken_at in letters if taken_at >= now - LATEST_CHECK]
+
+    def let_go(self, letters: Sequence[Letter]) -> None:
+        """Remove letters that the store still had after the grace time."""
+        with self.database.writing() as writing:
+            writing.executemany("DELETE FROM outbox WHERE id = ?", [(one.id,) for one in letters])
+
+    def waiting(self) -> Waiting:
+        """Return how many letters the store has not taken, and since when."""
+        ((letters, oldest),) = self.database.read(
+            "SELECT count(*), min(put_at) FROM outbox WHERE taken_at IS NULL"
+        )
+        return Waiting(letters, oldest)
+
+    def close(self) -> None:
+        """Close the file."""
+        self.database.close()
+
+
+def _within(most: int, rows: Iterable[tuple[bytes]]) -> list[bytes]:
+    """Return the first of some blobs, so many bytes of them; at least one."""
+    kept: list[bytes] = []
+    size = 0
+    for (blob,) in rows:
+        size += len(blob)
+        if kept and size > most:
+            break
+        kept.append(blob)
+    return kept

@@ -1,0 +1,268 @@
+"""The outbox and its forwarder: what was put arrives, whatever ends or forgets meanwhile."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from processes import clean_environment
+
+from periscope_otel.dead_letter import Filter, StoreError
+from periscope_otel.dead_letter.forwarder import LONGEST_WAIT, Forwarder
+from periscope_otel.dead_letter.locks import ProcessLock
+from periscope_otel.dead_letter.outbox import GRACE, LATEST_CHECK, MOST_LETTERS, Outbox
+from periscope_otel.dead_letter.sqlite_store import SQLiteStore
+
+pytest.register_assert_rewrite("store_conformance")
+
+from store_conformance import (  # noqa: E402  (its assertions are rewritten first)
+    a_letter,
+    everything,
+    ids_of,
+    some,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from periscope_otel.dead_letter import Letter
+    from periscope_otel.dead_letter.store import Put
+
+
+@dataclass
+class Clock:
+    """Time that a test moves."""
+
+    now: float = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Elsewhere(SQLiteStore):
+    """A store that can be away, or can forget."""
+
+    away = False
+
+    def put(self, letters: Sequence[Letter]) -> list[Put]:
+        if self.away:
+            raise StoreError("away")
+        return super().put(letters)
+
+
+@pytest.fixture
+def clock() -> Clock:
+    """Return the time of all parts."""
+    return Clock()
+
+
+@pytest.fixture
+def outbox(tmp_path: Path, clock: Clock) -> Iterator[Outbox]:
+    """Return an empty outbox."""
+    made = Outbox(tmp_path / "out" / "outbox.db", clock=clock, checkpoints=False)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path, clock: Clock) -> Iterator[Elsewhere]:
+    """Return an empty store."""
+    with Elsewhere(tmp_path / "store.db", clock=clock) as made:
+        yield made
+
+
+@pytest.fixture
+def forwarder(outbox: Outbox, store: Elsewhere, clock: Clock) -> Iterator[Forwarder]:
+    """Return a forwarder that does its rounds when it is told to."""
+    made = Forwarder(outbox, store, clock)
+    yield made
+    made.stop(1.0)
+
+
+def rounds(forwarder: Forwarder) -> None:
+    """Let it work until there is nothing to do."""
+    while forwarder.round():
+        pass
+
+
+def test_what_is_put_arrives_in_order(outbox, store, forwarder):
+    """All letters of all queues are in the store, and wait no more."""
+    letters = [*some(3 * MOST_LETTERS), *some(3, queue="other")]
+    outbox.put(letters)
+    assert outbox.waiting().letters == len(letters)
+    rounds(forwarder)
+    assert ids_of(everything(store)) == ids_of(letters[:-3])
+    assert ids_of(everything(store, Filter("other"))) == ids_of(letters[-3:])
+    assert outbox.waiting() == (0, None)
+
+
+def test_putting_twice_is_putting_once(outbox, store, forwarder):
+    """The same letter is kept once, before and after it was forwarded."""
+    (letter,) = some(1)
+    outbox.put([letter, letter])
+    assert outbox.waiting().letters == 1
+    rounds(forwarder)
+    outbox.put([letter])
+    rounds(forwarder)
+    assert store.stats().total == 1
+
+
+def test_waiting_says_since_when(outbox, clock):
+    """The oldest letter that waits is told by the time at which it was put."""
+    outbox.put(some(1))
+    first = clock.now
+    clock.now += 10
+    outbox.put(some(1))
+    assert outbox.waiting() == (2, first)
+
+
+def test_batches_are_bounded_in_bytes(outbox):
+    """A batch is at most a mebibyte, unless one letter is larger."""
+    outbox.put([a_letter(os.urandom(400_000)) for _ in range(4)])
+    assert len(outbox.next()) == 2
+    outbox.taken(outbox.next())
+    outbox.taken(outbox.next())
+    outbox.put([a_letter(os.urandom(3_000_000)), *some(1)])
+    assert len(outbox.next()) == 1
+
+
+def test_a_store_that_is_away_is_left_alone_and_gets_all_later(outbox, store, forwarder, clock):
+    """After a failure there is a pause of at most half a minute, and nothing is lost."""
+    outbox.put(some(5))
+    store.away = True
+    for _ in range(12):
+        assert not forwarder.round()
+        clock.now += LONGEST_WAIT
+    assert outbox.waiting().letters == 5
+    store.away = False
+    rounds(forwarder)
+    assert store.stats().total == 5
+
+
+def test_a_pause_is_kept(outbox, store, forwarder, clock):
+    """During its pause a store is not asked."""
+    outbox.put(some(1))
+    store.away = True
+    forwarder.round()
+    store.away = False
+    assert not forwarder.round()
+    assert store.stats().total == 0
+    clock.now += LONGEST_WAIT
+    rounds(forwarder)
+    assert store.stats().total == 1
+
+
+def test_what_a_store_forgets_within_the_grace_time_is_put_again(outbox, store, forwarder, clock):
+    """A store that lost its letters, and with them their ids, has them again."""
+    letters = some(3)
+    outbox.put(letters)
+    rounds(forwarder)
+    with store._database.writing() as writing:
+        writing.execute("DELETE FROM letters")
+    clock.now += GRACE
+    rounds(forwarder)
+    assert ids_of(everything(store)) == ids_of(letters)
+
+
+def test_what_was_replayed_does_not_come_back(outbox, store, forwarder, clock):
+    """A letter that the store has done with stays gone when it is looked for once more."""
+    outbox.put(some(2))
+    rounds(forwarder)
+    for claim in store.claim("one", 30.0, 2, Filter()):
+        store.settle(claim)
+    clock.now += GRACE
+    rounds(forwarder)
+    assert store.stats().total == 0
+
+
+def test_a_check_that_comes_too_late_brings_nothing_back(outbox, store, forwarder, clock):
+    """When nobody looked in time the store may have forgotten what it has done with."""
+    outbox.put(some(2))
+    rounds(forwarder)
+    for claim in store.claim("one", 30.0, 2, Filter()):
+        store.settle(claim)
+    clock.now += LATEST_CHECK + 3600
+    rounds(forwarder)
+    assert store.stats().total == 0
+    assert outbox.due() == []
+
+
+def test_a_failure_that_was_taken_in_counts_once(outbox, store, forwarder, clock):
+    """A letter that another one took in is not taken in again when it is looked for."""
+    one, again = a_letter(b"same"), a_letter(b"same")
+    outbox.put([one, again])
+    rounds(forwarder)
+    clock.now += GRACE
+    rounds(forwarder)
+    assert [letter.attempts for letter in everything(store)] == [2]
+
+
+def test_one_process_at_a_time_forwards(outbox, store, forwarder):
+    """While another process holds the lock nothing is moved; when it dies, it goes on here."""
+    code = (
+        "import sys; from pathlib import Path;"
+        "from periscope_otel.dead_letter.locks import ProcessLock;"
+        "print(ProcessLock(Path(sys.argv[1])).acquire(), flush=True); sys.stdin.read()"
+    )
+    lock = str(outbox.database.path.with_suffix(".forwarder"))
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, lock],
+        env=clean_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with other:
+        assert other.stdout.readline() == "True\n"
+        outbox.put(some(2))
+        assert not forwarder.round()
+        assert store.stats().total == 0
+        other.kill()
+        other.wait()
+        rounds(forwarder)
+    assert store.stats().total == 2
+
+
+def test_the_thread_forwards_by_itself(outbox, store, forwarder):
+    """Once started it needs nobody to tell it, and `stop` ends it."""
+    forwarder.start()
+    forwarder.start()
+    outbox.put(some(2))
+    forwarder.wake()
+    while outbox.waiting().letters:
+        pass
+    forwarder.stop(10.0)
+    assert store.stats().total == 2
+
+
+# Locks.
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    """It can be taken again by who has it, given up and taken anew; its file is private."""
+    lock = ProcessLock(tmp_path / "lock")
+    assert not lock.held
+    assert lock.acquire()
+    assert lock.acquire()
+    assert lock.held
+    assert stat.S_IMODE((tmp_path / "lock").stat().st_mode) == 0o600
+    lock.release()
+    lock.release()
+    assert not lock.held
+    assert lock.acquire()
+    lock.release()
+
+
+def test_a_forked_child_does_not_hold_its_parents_lock(tmp_path):
+    """A child neither has the lock nor takes it away by ending."""
+    lock = ProcessLock(tmp_path / "lock")
+    assert lock.acquire()
+    child = os.fork()
+    if child == 0:
+        os._exit(1 if lock.held or lock.acquire() else 0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert lock.held
+    lock.release()
