@@ -82,7 +82,7 @@ def forwarder(outbox: Outbox, store: Elsewhere, clock: Clock) -> Iterator[Forwar
     """Return a forwarder that does its rounds when it is told to."""
     made = Forwarder(outbox, store, clock)
     yield made
-    made.stop(1.0)
+    made.release()
 
 
 def rounds(forwarder: Forwarder) -> None:
@@ -163,7 +163,7 @@ def test_what_a_store_forgets_within_the_grace_time_is_put_again(outbox, store, 
     letters = some(3)
     outbox.put(letters)
     rounds(forwarder)
-    with store._database.writing() as writing:
+    with store.database.writing() as writing:
         writing.execute("DELETE FROM letters")
     clock.now += GRACE
     rounds(forwarder)
@@ -223,18 +223,6 @@ def test_one_process_at_a_time_forwards(outbox, store, forwarder):
         other.kill()
         other.wait()
         rounds(forwarder)
-    assert store.stats().total == 2
-
-
-def test_the_thread_forwards_by_itself(outbox, store, forwarder):
-    """Once started it needs nobody to tell it, and `stop` ends it."""
-    forwarder.start()
-    forwarder.start()
-    outbox.put(some(2))
-    forwarder.wake()
-    while outbox.waiting().letters:
-        pass
-    forwarder.stop(10.0)
     assert store.stats().total == 2
 
 

@@ -111,6 +111,7 @@ class Database:
         synchronous: `FULL` if what is committed has to survive a power cut, `NORMAL` if the death
             of the process is all that it has to survive.
         busy: Seconds to wait for another process that writes.
+        largest: Bytes that the file may grow to; beyond that nothing is added to it.
         checkpoints: Whether commits move what they wrote into the database now and then. Without
             that, whoever opened it has to.
 
@@ -130,6 +131,7 @@ class Database:
         *,
         synchronous: str = "FULL",
         busy: float = 5.0,
+        largest: int | None = None,
         checkpoints: bool = True,
     ) -> None:
         self.path = Path(path).absolute()
@@ -138,6 +140,7 @@ class Database:
             f"PRAGMA busy_timeout={int(busy * 1000)}",
             f"PRAGMA synchronous={synchronous}",
             f"PRAGMA wal_autocheckpoint={1000 if checkpoints else 0}",
+            *(() if largest is None else (f"PRAGMA max_page_count={max(64, largest // 4096)}",)),
         )
         self._reset()
         self._make_private_file()

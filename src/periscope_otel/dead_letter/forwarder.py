@@ -7,7 +7,6 @@ it stopped. Every step may be repeated without harm, since a store knows a lette
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
@@ -23,16 +22,13 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter.outbox import Outbox
     from periscope_otel.dead_letter.store import Store
 
-BEAT: Final = 0.2
-"""Seconds between two rounds; each moves what was written into the database."""
-
 SHORTEST_WAIT: Final = 0.5
 LONGEST_WAIT: Final = 30.0
 """Seconds to leave a store alone that failed; doubled each time, with full jitter."""
 
 
 class Forwarder:
-    """Moves letters in a thread of its own.
+    """Moves letters, a batch at a time, when it is this process's turn.
 
     Args:
         outbox: Where from.
@@ -49,28 +45,9 @@ class Forwarder:
         self._lock = ProcessLock(outbox.database.path.with_suffix(".forwarder"))
         self._failures = 0
         self._not_before = 0.0
-        self._wake = threading.Event()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Start the thread, if it does not run."""
-        if self._thread is None:
-            self._thread = threading.Thread(
-                target=self._run, name="periscope-dead-letters", daemon=True
-            )
-            self._thread.start()
-
-    def wake(self) -> None:
-        """Have it look now rather than at the next beat."""
-        self._wake.set()
-
-    def stop(self, timeout: float) -> None:
-        """End the thread, waiting so many seconds at most, and give the file lock up."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(timeout)
+    def release(self) -> None:
+        """Let another process forward."""
         self._lock.release()
 
     def round(self) -> bool:
@@ -79,7 +56,6 @@ class Forwarder:
         Returns:
             Whether there may be more to do at once.
         """
-        self._outbox.database.checkpoint()
         if self._clock() < self._not_before or not self._lock.acquire():
             return False
         try:
@@ -118,12 +94,3 @@ class Forwarder:
         longest = min(LONGEST_WAIT, SHORTEST_WAIT * 2 ** min(self._failures, 10))
         self._not_before = self._clock() + random.uniform(SHORTEST_WAIT, longest)  # noqa: S311
         guard.warn("dead letter store", "dead letters wait in the outbox: %s", error)
-
-    def _run(self) -> None:
-        while not self._stopping:
-            more = False
-            with guard.contained("dead letter forwarder"):
-                more = self.round()
-            if not more:
-                self._wake.wait(BEAT)
-                self._wake.clear()

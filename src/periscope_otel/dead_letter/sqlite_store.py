@@ -125,9 +125,9 @@ class SQLiteStore:
     def __init__(
         self, path: str | Path, *, clock: Callable[[], float] = time.time, **options: Any
     ) -> None:
-        self._database = Database(path, _SCHEMA, **options)
+        self.database = Database(path, _SCHEMA, **options)
         self._clock = clock
-        self.url = f"sqlite:///{quote(str(self._database.path))}"
+        self.url = f"sqlite:///{quote(str(self.database.path))}"
 
     def __enter__(self) -> Self:
         return self
@@ -138,7 +138,7 @@ class SQLiteStore:
     def put(self, letters: Sequence[Letter]) -> list[Put]:
         """Store letters, all or none; see `Store`."""
         rows = [(letter, letter.encode()) for letter in letters]  # not while the lock is held
-        with self._database.writing() as writing:
+        with self.database.writing() as writing:
             return [self._put(writing, letter, blob) for letter, blob in rows]
 
     def _put(self, writing: Connection, letter: Letter, blob: bytes) -> Put:
@@ -172,7 +172,7 @@ class SQLiteStore:
     def get(self, letter_id: str, queue: str = "default") -> Letter | None:
         """Return a letter by its id; see `Store`."""
         query = f"SELECT {_ROW} FROM letters WHERE id = ? AND queue = ?"  # noqa: S608
-        rows = self._database.read(query, (letter_id, queue))
+        rows = self.database.read(query, (letter_id, queue))
         return _letter(rows[0]) if rows else None
 
     def list(
@@ -190,7 +190,7 @@ class SQLiteStore:
             conditions += f" AND seq {'<' if newest_first else '>'} ?"
             values = (*values, _sequence(cursor))
         order = "DESC" if newest_first else "ASC"
-        rows = self._database.read(
+        rows = self.database.read(
             f"SELECT {_ROW} FROM letters WHERE {conditions} ORDER BY seq {order} LIMIT ?",  # noqa: S608
             (*values, limit),
         )
@@ -201,18 +201,18 @@ class SQLiteStore:
 
         def by(column: str, limit: int = 1000) -> dict[Any, int]:
             return dict(
-                self._database.read(
+                self.database.read(
                     f"SELECT {column}, sum(letters) AS n FROM totals WHERE queue = ? AND {column} "  # noqa: S608
                     "<> '' GROUP BY 1 ORDER BY n DESC LIMIT ?",
                     (queue, limit),
                 )
             )
 
-        oldest = self._database.read(
+        oldest = self.database.read(
             "SELECT min(failed_at) FROM letters WHERE queue = ? AND state = 'dead'",
             (queue,),
         )
-        (size,) = self._database.read(
+        (size,) = self.database.read(
             "SELECT ifnull(sum(size), 0) FROM totals WHERE queue = ?", (queue,)
         )
         return Stats(by("state"), by("feed"), by("fingerprint"), oldest[0][0], size[0])
@@ -235,7 +235,7 @@ class SQLiteStore:
         """Take letters to replay; see `Store`."""
         where = where or Filter(states=("queued",))
         conditions, values = _conditions(among(where, ("dead", "queued")))
-        with self._database.writing() as writing:
+        with self.database.writing() as writing:
             now = self._clock()
             _end_leases(writing, where.queue, now)
             rows = writing.execute(
@@ -289,10 +289,10 @@ class SQLiteStore:
         conditions, values = _conditions(where)
         if dry_run:
             query = f"SELECT count(*) FROM letters WHERE {conditions}"  # noqa: S608
-            return int(self._database.read(query, values)[0][0])
+            return int(self.database.read(query, values)[0][0])
         removed = 0
         while True:
-            with self._database.writing() as writing:
+            with self.database.writing() as writing:
                 gone = writing.execute(
                     f"DELETE FROM letters WHERE seq IN (SELECT seq FROM letters WHERE {conditions} "  # noqa: S608
                     "ORDER BY seq LIMIT ?) RETURNING id",
@@ -305,7 +305,7 @@ class SQLiteStore:
 
     def close(self) -> None:
         """Close the file."""
-        self._database.close()
+        self.database.close()
 
     def _change(self, where: Filter, change: str, limit: int | None = None) -> int:
         """Change letters, a chunk at a time; returns how many."""
@@ -313,7 +313,7 @@ class SQLiteStore:
         changed, after = 0, 0
         while limit is None or changed < limit:
             chunk = _CHUNK if limit is None else min(_CHUNK, limit - changed)
-            with self._database.writing() as writing:
+            with self.database.writing() as writing:
                 rows = writing.execute(
                     f"UPDATE letters SET {change}, revision = revision + 1 "  # noqa: S608
                     f"WHERE seq IN (SELECT seq FROM letters WHERE {conditions} AND seq > ? "
@@ -328,7 +328,7 @@ class SQLiteStore:
 
     def _settle(self, claim: Claim, statement: str, *values: Any, removes: bool = False) -> bool:
         letter = claim.letter
-        with self._database.writing() as writing:
+        with self.database.writing() as writing:
             held = writing.execute(
                 f"{statement} WHERE id = ? AND state = 'claimed' AND owner = ? AND revision = ?",
                 (*values, letter.id, claim.owner, letter.revision),

@@ -1,0 +1,231 @@
+"""The dead-letter queue of a process: what is put is kept, and what cannot be kept is told."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from processes import clean_environment
+from redis_servers import RedisServer
+
+from periscope_otel.dead_letter import StoreError, open_store
+from periscope_otel.dead_letter.queue import FILE, MOST_IN_MEMORY, DeadLetterQueue
+
+pytest.register_assert_rewrite("store_conformance")
+
+from store_conformance import (  # noqa: E402  (its assertions are rewritten first)
+    a_letter,
+    everything,
+    ids_of,
+    some,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+WITHIN = 30.0
+
+
+def wait_until(holds) -> None:
+    """Wait for what a background thread does."""
+    deadline = time.monotonic() + WITHIN
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[None]:
+    """Have another connection write to the file for a block."""
+    other = sqlite3.connect(folder / FILE, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    yield
+    other.execute("ROLLBACK")
+    other.close()
+
+
+# Without a Redis.
+
+
+def test_without_a_redis_the_file_is_the_store(tmp_path):
+    """What is put can be read from the file at once, and by others."""
+    letters = some(3)
+    with DeadLetterQueue(tmp_path) as queue:
+        assert queue.put(letters) == "disk"
+        assert ids_of(everything(queue.store)) == ids_of(letters)
+        with open_store(f"sqlite:///{tmp_path / FILE}") as other:
+            assert ids_of(everything(other)) == ids_of(letters)
+
+
+def test_nothing_is_put_where_there_is_nothing(tmp_path):
+    """An empty put writes nothing."""
+    with DeadLetterQueue(tmp_path) as queue:
+        assert queue.put([]) == "disk"
+        assert queue.store.stats().total == 0
+
+
+def test_a_folder_that_cannot_be_used_is_an_error(tmp_path):
+    """It is said when the queue is made, not when the first letter is put."""
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot use"):
+        DeadLetterQueue(tmp_path / "file" / "below")
+
+
+def test_a_letter_survives_kill_9_once_put_has_returned(tmp_path):
+    """The process that put it may die in the next instant."""
+    program = (
+        "import os, sys; sys.path[:0] = sys.argv[2:];"
+        "from store_conformance import some;"
+        "from periscope_otel.dead_letter.queue import DeadLetterQueue;"
+        "queue = DeadLetterQueue(sys.argv[1]); queue.put(some(3)); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), os.path.dirname(__file__)],  # noqa: PTH120
+        env=clean_environment(),
+        check=False,
+    )
+    assert done.returncode == -9
+    with open_store(f"sqlite:///{tmp_path / FILE}") as store:
+        assert store.stats().total == 3
+
+
+def test_a_file_held_by_others_is_waited_for_shortly(tmp_path):
+    """After a quarter of a second the letter is in memory, and in the file when that is free."""
+    with DeadLetterQueue(tmp_path) as queue:
+        with held_by_another(tmp_path):
+            began = time.monotonic()
+            assert queue.put(some(1)) == "memory"
+            assert time.monotonic() - began < 5
+            assert queue.in_memory == 1
+        wait_until(lambda: queue.store.stats().total == 1)
+        assert (queue.in_memory, queue.lost) == (0, 0)
+
+
+def test_what_fits_nowhere_is_lost_loudly(tmp_path, caplog):
+    """A full file and a full memory: each letter beyond is counted, logged and handed over."""
+    handed: list[str] = []
+    full = DeadLetterQueue(
+        tmp_path, largest_file=1, on_lost=lambda letter, why: handed.append(letter.id)
+    )
+    letters = some(MOST_IN_MEMORY + 400, host="x" * 1000)
+    with caplog.at_level(logging.ERROR, "periscope_otel"):
+        answers = [full.put([letter]) for letter in letters]
+    assert answers[0] == "disk"
+    assert answers[-1] == "lost"
+    assert answers.count("memory") >= MOST_IN_MEMORY
+    lost = [one.id for one, where in zip(letters, answers, strict=True) if where == "lost"]
+    assert handed == lost
+    assert full.lost == len(lost) == sum("LOST" in one.getMessage() for one in caplog.records)
+    full.close(timeout=0.0)
+    assert full.lost + full.store.stats().total == len(letters)
+
+
+def test_a_hook_that_raises_loses_no_more(tmp_path):
+    """What `on_lost` does wrong is its own."""
+
+    def raising(letter, why):
+        raise RuntimeError("the hook")
+
+    queue = DeadLetterQueue(tmp_path, on_lost=raising)
+    with held_by_another(tmp_path):
+        assert queue.put([a_letter(b"x" * 10)]) == "memory"
+        queue.close(timeout=0.5)
+    assert queue.lost == 1
+
+
+async def test_a_coroutine_puts_without_holding_the_loop_up(tmp_path):
+    """The loop goes on meanwhile, and a cancellation does not interrupt the write."""
+    with DeadLetterQueue(tmp_path) as queue:
+        with held_by_another(tmp_path):
+            putting = asyncio.create_task(queue.put_from_coroutine(some(1)))
+            ticks = 0
+            while not putting.done():
+                await asyncio.sleep(0.01)
+                ticks += 1
+            assert await putting == "memory"
+            assert ticks > 3
+        cancelled = asyncio.create_task(queue.put_from_coroutine(some(1)))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        wait_until(lambda: queue.store.stats().total == 2)
+
+
+def test_a_forked_child_puts_its_own(tmp_path):
+    """A child can put, and does not repeat what was in its parent's memory."""
+    with DeadLetterQueue(tmp_path) as queue:
+        queue.put(some(1))
+        with held_by_another(tmp_path):
+            queue.put(some(1))
+            child = os.fork()
+            if child == 0:
+                os._exit(queue.in_memory)
+            assert os.waitpid(child, 0)[1] == 0
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if queue.put(some(1)) == "disk" else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        wait_until(lambda: queue.store.stats().total == 3)
+
+
+# With a Redis.
+
+
+@pytest.fixture(params=["redis", "valkey"])
+def redis(request: pytest.FixtureRequest, tmp_path: Path) -> RedisServer:
+    """Return a server that is not running yet."""
+    return RedisServer(request.param, tmp_path / "redis")
+
+
+def test_letters_arrive_when_redis_comes(redis, tmp_path):
+    """A put is a local write while there is no Redis; once there is, it has all of them."""
+    letters = some(200)
+    with DeadLetterQueue(tmp_path / "data", redis_url=redis.url) as queue:
+        for letter in letters:
+            assert queue.put([letter]) == "disk"
+        with redis:
+            wait_until(lambda: total_of(redis) == len(letters))
+            assert ids_of(everything(queue.store)) == ids_of(letters)
+
+
+def test_letters_arrive_through_a_redis_that_hangs_and_dies(redis, tmp_path):
+    """Neither a server that does not answer nor one that forgets everything loses a letter."""
+    letters = some(90)
+    with redis, DeadLetterQueue(tmp_path / "data", redis_url=redis.url) as queue:
+        queue.put(letters[:30])
+        wait_until(lambda: total_of(redis) == 30)
+        redis.pause()
+        queue.put(letters[30:60])
+        redis.kill()
+        queue.put(letters[60:])
+        redis.start()  # without persistence: it has forgotten the first thirty
+        wait_until(lambda: total_of(redis) == 60)
+        assert queue.lost == 0
+
+
+def test_a_full_disk_is_gone_round(redis, tmp_path):
+    """With no room in the file letters go from memory straight to Redis."""
+    letters = some(300, host="x" * 1000)
+    with redis, DeadLetterQueue(
+        tmp_path / "data", redis_url=redis.url, largest_file=1
+    ) as queue:  # fmt: skip
+        for letter in letters:
+            assert queue.put([letter]) in ("disk", "memory")
+        wait_until(lambda: total_of(redis) == len(letters))
+        assert (queue.in_memory, queue.lost) == (0, 0)
+
+
+def total_of(redis: RedisServer) -> int:
+    """Return how many letters a server has."""
+    with open_store(redis.url) as store:
+        return store.stats().total
