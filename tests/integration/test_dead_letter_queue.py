@@ -125,7 +125,7 @@ def test_what_fits_nowhere_is_lost_loudly(tmp_path, caplog):
     lost = [one.id for one, where in zip(letters, answers, strict=True) if where == "lost"]
     assert handed == lost
     assert full.lost == len(lost) == sum("LOST" in one.getMessage() for one in caplog.records)
-    full.close(timeout=0.0)
+    full.close()
     assert full.lost + full.store.stats().total == len(letters)
 
 

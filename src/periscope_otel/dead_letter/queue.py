@@ -52,6 +52,9 @@ LARGEST_FILE: Final = 1 << 30
 """Bytes that the file may grow to, unless another size is asked for."""
 
 
+_ENDED: Final = "the queue was closed before it could be written"
+
+
 class DeadLetterQueue:
     """Takes letters, for any number of threads, processes and forks that share a folder.
 
@@ -152,8 +155,10 @@ class DeadLetterQueue:
             self._thread.join(timeout)
         with guard.contained("dead letter queue"):
             self._write_out_memory()
+        with self._lock:
+            self._closed = True  # what the thread still has in hand does not come back
         for letter in self._taken_from_memory(MOST_IN_MEMORY):
-            self._lose(letter, "the process ended before it could be written")
+            self._lose(letter, _ENDED)
         if self._forwarder is not None:
             self._forwarder.release()
             self.store.close()
@@ -170,6 +175,7 @@ class DeadLetterQueue:
         self._memory_size = 0
         self._wake = threading.Event()
         self._stopping = False
+        self._closed = False
         self._thread: threading.Thread | None = None
 
     def _start(self) -> None:
@@ -231,14 +237,23 @@ class DeadLetterQueue:
                     raise
                 self.store.put(letters)
         except StoreError:
-            with self._lock:
-                self._memory.extendleft((one, len(one.body)) for one in reversed(letters))
-                self._memory_size += sum(len(one.body) for one in letters)
+            self._put_back(letters)
             return False
         return True
 
+    def _put_back(self, letters: Sequence[Letter]) -> None:
+        with self._lock:
+            closed = self._closed
+            if not closed:
+                self._memory.extendleft((one, len(one.body)) for one in reversed(letters))
+                self._memory_size += sum(len(one.body) for one in letters)
+        if closed:
+            for letter in letters:
+                self._lose(letter, _ENDED)
+
     def _lose(self, letter: Letter, why: str) -> None:
-        self.lost += 1
+        with self._lock:
+            self.lost += 1
         logger.error(
             "periscope-otel LOST the dead letter %s of operation %s (feed %s, %s): %s",
             letter.id,
