@@ -157,7 +157,7 @@ class DeadLetterQueue:
             self._write_out_memory()
         with self._lock:
             self._closed = True  # what the thread still has in hand does not come back
-        for letter in self._taken_from_memory(MOST_IN_MEMORY):
+        for letter in self._taken_from_memory(None):
             self._lose(letter, _ENDED)
         if self._forwarder is not None:
             self._forwarder.release()
@@ -173,6 +173,7 @@ class DeadLetterQueue:
         self._lock = threading.Lock()
         self._memory: deque[tuple[Letter, int]] = deque()
         self._memory_size = 0
+        self._in_hand = 0
         self._wake = threading.Event()
         self._stopping = False
         self._closed = False
@@ -203,7 +204,7 @@ class DeadLetterQueue:
             size = len(letter.body)
             with self._lock:
                 fits = (
-                    len(self._memory) < MOST_IN_MEMORY
+                    len(self._memory) + self._in_hand < MOST_IN_MEMORY
                     and self._memory_size + size <= MOST_BYTES_IN_MEMORY
                 )
                 if fits:
@@ -215,10 +216,10 @@ class DeadLetterQueue:
         self._wake.set()
         return where
 
-    def _taken_from_memory(self, most: int) -> list[Letter]:
+    def _taken_from_memory(self, most: int | None) -> list[Letter]:
         letters: list[Letter] = []
         with self._lock:
-            while self._memory and len(letters) < most:
+            while self._memory and (most is None or len(letters) < most):
                 letter, size = self._memory.popleft()
                 self._memory_size -= size
                 letters.append(letter)
@@ -229,6 +230,7 @@ class DeadLetterQueue:
         letters = self._taken_from_memory(MOST_LETTERS)
         if not letters:
             return False
+        self._in_hand = len(letters)  # they still count against the bound
         try:
             try:
                 self._file.put(letters)
@@ -239,6 +241,8 @@ class DeadLetterQueue:
         except StoreError:
             self._put_back(letters)
             return False
+        finally:
+            self._in_hand = 0
         return True
 
     def _put_back(self, letters: Sequence[Letter]) -> None:
