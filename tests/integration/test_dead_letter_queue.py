@@ -98,6 +98,40 @@ def test_a_letter_survives_kill_9_once_put_has_returned(tmp_path):
         assert store.stats().total == 3
 
 
+def test_a_file_that_is_opened_again_stays_whole(tmp_path):
+    """A second store on the file in this process takes no lock away that keeps others in order."""
+    look = (
+        "import sys; from periscope_otel.dead_letter import open_store;"
+        "store = open_store(sys.argv[1]); print(store.stats().total); store.close()"
+    )
+    url = f"sqlite:///{tmp_path / FILE}"
+    with DeadLetterQueue(tmp_path) as queue:
+        for number in range(1, 6):
+            queue.put(some(1))
+            open_store(url).close()
+            done = subprocess.run(
+                [sys.executable, "-c", look, url],
+                env=clean_environment(), capture_output=True, text=True, check=True,
+            )  # fmt: skip
+            assert int(done.stdout) == number
+
+
+def test_everything_in_memory_is_written_out_at_the_end(tmp_path):
+    """More than a batch in memory reaches a file that is free again."""
+    queue = DeadLetterQueue(tmp_path)
+    with held_by_another(tmp_path):
+        queue.put(some(300))
+    queue.close()
+    assert (queue.lost, queue.store.stats().total) == (0, 300)
+
+
+def test_what_cannot_be_written_down_is_lost_loudly(tmp_path):
+    """Half a character in a text reaches neither the file nor the caller."""
+    with DeadLetterQueue(tmp_path) as queue:
+        assert queue.put([a_letter(host="\ud800")]) == "lost"
+        assert queue.lost == 1
+
+
 def test_a_file_held_by_others_is_waited_for_shortly(tmp_path):
     """After a quarter of a second the letter is in memory, and in the file when that is free."""
     with DeadLetterQueue(tmp_path) as queue:

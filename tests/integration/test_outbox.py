@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from processes import clean_environment
 
 from periscope_otel.dead_letter import Filter, StoreError
+from periscope_otel.dead_letter.database import LARGEST_LOG
 from periscope_otel.dead_letter.forwarder import LONGEST_WAIT, Forwarder
 from periscope_otel.dead_letter.locks import ProcessLock
 from periscope_otel.dead_letter.outbox import GRACE, LATEST_CHECK, MOST_LETTERS, Outbox
@@ -168,6 +170,43 @@ def test_what_a_store_forgets_within_the_grace_time_is_put_again(outbox, store, 
     clock.now += GRACE
     rounds(forwarder)
     assert ids_of(everything(store)) == ids_of(letters)
+
+
+def test_what_was_put_again_has_a_grace_time_of_its_own(outbox, store, forwarder, clock):
+    """A store that forgets twice has its letters again twice."""
+    letters = some(3)
+    outbox.put(letters)
+    for _ in range(2):
+        rounds(forwarder)
+        with store.database.writing() as writing:
+            writing.execute("DELETE FROM letters")
+        clock.now += GRACE
+    rounds(forwarder)
+    assert ids_of(everything(store)) == ids_of(letters)
+
+
+def test_a_damaged_letter_holds_no_other_up(outbox, store, forwarder):
+    """What cannot be read is set aside, and all others arrive."""
+    letters = some(3)
+    outbox.put(letters)
+    with outbox.database.writing() as writing:
+        writing.execute("UPDATE outbox SET letter = x'c1' WHERE id = ?", (letters[0].id,))
+    rounds(forwarder)
+    assert ids_of(everything(store)) == ids_of(letters[1:])
+    assert outbox.database.read("SELECT id FROM damaged") == [(letters[0].id,)]
+
+
+def test_the_log_does_not_grow_for_ever(outbox):
+    """A write-ahead log that readers have kept long is moved once they let it be."""
+    reader = sqlite3.connect(outbox.database.path)
+    reader.execute("BEGIN")
+    reader.execute("SELECT count(*) FROM outbox").fetchall()
+    for _ in range(3):
+        outbox.put([a_letter(os.urandom(30 << 20))])
+        outbox.database.checkpoint()
+    reader.close()
+    outbox.database.checkpoint()
+    assert os.stat(f"{outbox.database.path}-wal").st_size < LARGEST_LOG  # noqa: PTH116
 
 
 def test_what_was_replayed_does_not_come_back(outbox, store, forwarder, clock):

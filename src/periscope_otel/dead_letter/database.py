@@ -43,6 +43,9 @@ _NETWORKED: Final = frozenset(
 """File systems on which SQLite's locks do not hold (sqlite.org/wal.html, "All processes using a
 database must be on the same host computer")."""
 
+LARGEST_LOG: Final = 64 << 20
+"""Bytes that the write-ahead log may take before writers wait for it to be moved."""
+
 _MOST_IDLE: Final = 8
 """Connections for reading that are kept for the next reader."""
 
@@ -175,6 +178,16 @@ class Database:
         """Move what was written into the database, as far as nobody reads or writes it now."""
         with _gate, _explained(self.path), self._borrowed() as connection:
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        if self._log_size() > LARGEST_LOG:
+            # Readers and writers kept it from being begun anew: now one writer waits for that.
+            with self._lock, _gate, _explained(self.path):
+                self._writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    def _log_size(self) -> int:
+        try:
+            return os.stat(f"{self.path}-wal").st_size  # noqa: PTH116
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """Close this process's connections; those in use, when they are given back."""
@@ -242,13 +255,24 @@ class Database:
             raise
         return connection
 
+    def _create(self) -> None:
+        """Make the file, or make the one that is there private.
+
+        It is never opened and closed where it exists: that would give up all locks that this
+        process has on it (sqlite.org/howtocorrupt.html, 2.2).
+        """
+        try:
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+            os.close(os.open(self.path, flags, _PRIVATE))
+        except FileExistsError:
+            os.chmod(self.path, self.path.stat().st_mode & 0o700)  # noqa: PTH101
+
     def _make_private_file(self) -> None:
         folder = self.path.parent
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             refuse_networked(folder)
-            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, _PRIVATE))
-            os.chmod(self.path, _PRIVATE)  # noqa: PTH101  (it may have been there already)
+            self._create()
         except OSError as error:
             raise StoreError(f"cannot use {self.path}: {error.strerror}") from None
         except ValueError as error:  # a name with a null character

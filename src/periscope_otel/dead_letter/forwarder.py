@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from periscope_otel.dead_letter.letter import Letter
     from periscope_otel.dead_letter.outbox import Outbox
-    from periscope_otel.dead_letter.store import Store
+    from periscope_otel.dead_letter.store import Put, Store
 
 SHORTEST_WAIT: Final = 0.5
 LONGEST_WAIT: Final = 30.0
@@ -78,16 +78,21 @@ class Forwarder:
         """Put once more what the store has forgotten, and let go of what it still has."""
         letters = self._outbox.due()
         if letters:
-            self._put(letters)  # a store that has a letter, or has done with it, only says so
-            self._outbox.let_go(letters)
+            answers = self._put(letters)  # a store that has one, or has done with it, says so
+            self._outbox.let_go([one for one in letters if answers[one.id] == "known"])
+            # What it had forgotten is as if it had been taken only now.
+            self._outbox.taken([one for one in letters if answers[one.id] != "known"])
         return bool(letters)
 
-    def _put(self, letters: list[Letter]) -> None:
+    def _put(self, letters: list[Letter]) -> dict[str, Put]:
         by_queue: defaultdict[str, list[Letter]] = defaultdict(list)
         for letter in letters:
             by_queue[letter.queue].append(letter)
+        answers: dict[str, Put] = {}
         for own in by_queue.values():
-            self._store.put(own)
+            found = self._store.put(own)
+            answers |= {letter.id: one for letter, one in zip(own, found, strict=True)}
+        return answers
 
     def _leave_it_alone(self, error: DeadLetterError) -> None:
         self._failures += 1

@@ -10,8 +10,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from periscope_otel import guard
 from periscope_otel.dead_letter.database import Database
+from periscope_otel.dead_letter.errors import DamagedLetterError
 from periscope_otel.dead_letter.letter import Letter
+from periscope_otel.dead_letter.store import REMEMBERED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -20,9 +23,9 @@ if TYPE_CHECKING:
 GRACE: Final = 60.0
 """Seconds for which a letter stays after the store has taken it."""
 
-LATEST_CHECK: Final = 1.5 * GRACE
+LATEST_CHECK: Final = 0.75 * REMEMBERED
 """Seconds until a letter is looked for at the latest: well before a store forgets the ids of those
-that it has done with, after twice the grace time."""
+that it has done with."""
 
 MOST_LETTERS: Final = 64
 """Letters of one batch."""
@@ -38,6 +41,8 @@ CREATE TABLE IF NOT EXISTS outbox (
     taken_at REAL,                  -- when the store took it
     letter BLOB NOT NULL
 ) STRICT;
+-- What can no longer be read, for somebody to look at; it must not hold the others up.
+CREATE TABLE IF NOT EXISTS damaged (id TEXT, put_at REAL, letter BLOB, why TEXT) STRICT;
 CREATE INDEX IF NOT EXISTS outbox_waiting ON outbox (seq) WHERE taken_at IS NULL;
 CREATE INDEX IF NOT EXISTS outbox_taken ON outbox (taken_at) WHERE taken_at IS NOT NULL;
 """
@@ -85,9 +90,10 @@ class Outbox:
     def next(self) -> list[Letter]:
         """Return the next batch for the store, oldest first; it stays until it is `taken`."""
         rows = self.database.read(
-            "SELECT letter FROM outbox WHERE taken_at IS NULL ORDER BY seq LIMIT ?", (MOST_LETTERS,)
+            "SELECT id, letter FROM outbox WHERE taken_at IS NULL ORDER BY seq LIMIT ?",
+            (MOST_LETTERS,),
         )
-        return [Letter.decode(blob) for blob in _within(MOST_BYTES, rows)]
+        return self._decoded(rows)
 
     def taken(self, letters: Sequence[Letter]) -> None:
         """Note that the store has taken letters; they stay for the grace time."""
@@ -105,19 +111,45 @@ class Outbox:
         """
         now = self._clock()
         rows = self.database.read(
-            "SELECT letter, taken_at FROM outbox WHERE taken_at <= ? ORDER BY taken_at LIMIT ?",
+            "SELECT id, letter, taken_at FROM outbox WHERE taken_at <= ? ORDER BY taken_at LIMIT ?",
             (now - GRACE, MOST_LETTERS),
         )
-        letters = [(Letter.decode(blob), taken_at) for blob, taken_at in rows]
-        late = [letter for letter, taken_at in letters if taken_at < now - LATEST_CHECK]
+        late = [row[0] for row in rows if row[2] < now - LATEST_CHECK]
         if late:
-            self.let_go(late)
-        return [letter for letter, taken_at in letters if taken_at >= now - LATEST_CHECK]
+            guard.warn("late check", "%d dead letters were not looked for in time", len(late))
+            self._remove(late)
+        return self._decoded([row[:2] for row in rows if row[2] >= now - LATEST_CHECK])
+
+    def _decoded(self, rows: Sequence[tuple[str, bytes]]) -> list[Letter]:
+        """Return the letters of a batch of rows; those that are damaged are set aside."""
+        letters: list[Letter] = []
+        size = 0
+        for letter_id, blob in rows:
+            size += len(blob)
+            if letters and size > MOST_BYTES:
+                break
+            try:
+                letters.append(Letter.decode(blob))
+            except DamagedLetterError as error:
+                self._set_aside(letter_id, error)
+        return letters
+
+    def _set_aside(self, letter_id: str, why: DamagedLetterError) -> None:
+        guard.warn("damaged letter", "the dead letter %s is damaged: %s", letter_id, why)
+        with self.database.writing() as writing:
+            writing.execute(
+                "INSERT INTO damaged SELECT id, put_at, letter, ? FROM outbox WHERE id = ?",
+                (str(why), letter_id),
+            )
+            writing.execute("DELETE FROM outbox WHERE id = ?", (letter_id,))
 
     def let_go(self, letters: Sequence[Letter]) -> None:
         """Remove letters that the store still had after the grace time."""
+        self._remove([letter.id for letter in letters])
+
+    def _remove(self, ids: Sequence[str]) -> None:
         with self.database.writing() as writing:
-            writing.executemany("DELETE FROM outbox WHERE id = ?", [(one.id,) for one in letters])
+            writing.executemany("DELETE FROM outbox WHERE id = ?", [(one,) for one in ids])
 
     def waiting(self) -> Waiting:
         """Return how many letters the store has not taken, and since when."""
@@ -129,15 +161,3 @@ class Outbox:
     def close(self) -> None:
         """Close the file."""
         self.database.close()
-
-
-def _within(most: int, rows: Iterable[tuple[bytes]]) -> list[bytes]:
-    """Return the first of some blobs, so many bytes of them; at least one."""
-    kept: list[bytes] = []
-    size = 0
-    for (blob,) in rows:
-        size += len(blob)
-        if kept and size > most:
-            break
-        kept.append(blob)
-    return kept

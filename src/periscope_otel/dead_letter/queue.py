@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -118,6 +119,10 @@ class DeadLetterQueue:
             self._file.put(letters)
         except StoreError as error:
             return self._keep_in_memory(letters, error)
+        except UnicodeEncodeError as error:  # half a character in a text: it cannot be written
+            for letter in letters:
+                self._lose(letter, f"it cannot be encoded: {error.reason}")
+            return "lost"
         self._wake.set()
         return "disk"
 
@@ -137,7 +142,8 @@ class DeadLetterQueue:
         Returns:
             Whether there may be more to do at once.
         """
-        self._file.database.checkpoint()
+        with guard.contained("dead letter checkpoint"), suppress(StoreError):
+            self._file.database.checkpoint()
         more = self._write_out_memory()
         if self._forwarder is not None:
             more = self._forwarder.round() or more
@@ -153,8 +159,10 @@ class DeadLetterQueue:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(timeout)
+        deadline = time.monotonic() + timeout
         with guard.contained("dead letter queue"):
-            self._write_out_memory()
+            while self._write_out_memory() and time.monotonic() < deadline:
+                pass
         with self._lock:
             self._closed = True  # what the thread still has in hand does not come back
         for letter in self._taken_from_memory(None):
@@ -241,6 +249,9 @@ class DeadLetterQueue:
         except StoreError:
             self._put_back(letters)
             return False
+        except BaseException:
+            self._put_back(letters)
+            raise
         finally:
             self._in_hand = 0
         return True

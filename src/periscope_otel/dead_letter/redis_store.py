@@ -7,6 +7,7 @@ nothing is found by scanning keys. Works on Redis 7.0 and newer and on Valkey.
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from importlib.resources import files
 from itertools import chain
@@ -88,7 +89,8 @@ class RedisStore:
         try:
             self._link = RedisLink(url, timeout)
         except ValueError as error:
-            raise StoreError(f"no Redis has such a URL: {error}") from None
+            why = "a password needs its special characters as %XX"
+            raise StoreError(f"no Redis has such a URL ({type(error).__name__}; {why})") from None
         self.url = self._link.shown
         self._prefix = prefix
         common = _source("common")
@@ -203,6 +205,8 @@ class RedisStore:
     ) -> Sequence[Claim]:
         """Take letters to replay; see `Store`."""
         where = where or Filter(states=("queued",))
+        if limit < 1:
+            return []
         if where == Filter(queue=where.queue, states=("queued",)):
             return self._claim(where.queue, owner, lease, limit, ())
         self._claim(where.queue, owner, lease, 0, ("",))  # what others have held for too long
@@ -313,7 +317,7 @@ def _as_arguments(letter: Letter) -> tuple[Any, ...]:
         letter.operation,
         letter.error_type or "",
         letter.fingerprint,
-        repr(letter.last_failed_at),
+        repr(letter.last_failed_at if math.isfinite(letter.last_failed_at) else 0.0),
         letter.attempts,
         letter.latest(),
         resting_state(letter.state),

@@ -243,7 +243,7 @@ class SQLiteStore:
                 "revision = revision + 1 WHERE seq IN "
                 f"(SELECT seq FROM letters WHERE {conditions} ORDER BY seq LIMIT ?) "
                 f"RETURNING {_ROW}",
-                (owner, now + lease, *values, limit),
+                (owner, now + lease, *values, max(0, limit)),
             ).fetchall()
             for row in rows:
                 if _damage_of(row) is not None:

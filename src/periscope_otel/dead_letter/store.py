@@ -30,7 +30,7 @@ MOST_REPLAYS = 5
 MOST_LEASES = 3
 """Leases that ran out, after which a letter is parked: whoever replays it dies of it."""
 
-REMEMBERED = 120.0
+REMEMBERED = 3600.0
 """Seconds for which a removed letter is known by its id."""
 
 PAGE = 100

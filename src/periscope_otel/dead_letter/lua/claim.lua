@@ -7,9 +7,13 @@ local ends = time + lease
 -- First what others have held for too long; so many at once that it keeps up, and no more.
 for _, id in ipairs(redis.call('ZRANGE', P .. 'leases', '-inf', time, 'BYSCORE', 'LIMIT', 0, 100)) do
     local x = load(id)
-    leave(x)
-    x.leases, x.revision = x.leases + 1, x.revision + 1
-    enter(x, x.leases >= MOST_LEASES and 'parked' or x.before)
+    if x then
+        leave(x)
+        x.leases, x.revision = x.leases + 1, x.revision + 1
+        enter(x, x.leases >= MOST_LEASES and 'parked' or x.before)
+    else
+        redis.call('ZREM', P .. 'leases', id)
+    end
 end
 
 local claimed = {}
@@ -28,9 +32,10 @@ if #ARGV > 3 then
     end
 else
     redis.pcall('XGROUP', 'CREATE', P .. 'work', GROUP, '0', 'MKSTREAM')
-    local read = redis.call('XREADGROUP', 'GROUP', GROUP, owner, 'COUNT', wanted, 'STREAMS',
+    -- Without memory for the group there is no stream either, and so nothing that is queued.
+    local read = redis.pcall('XREADGROUP', 'GROUP', GROUP, owner, 'COUNT', wanted, 'STREAMS',
         P .. 'work', '>')
-    for _, entry in ipairs(read and read[1][2] or {}) do
+    for _, entry in ipairs(read and not read.err and read[1][2] or {}) do
         local x = load(entry[2][2])
         if x and x.state == 'queued' and x.stream_id == entry[1] then
             claim(x)
@@ -39,6 +44,6 @@ else
             redis.call('XDEL', P .. 'work', entry[1])
         end
     end
-    redis.call('XGROUP', 'DELCONSUMER', P .. 'work', GROUP, owner)
+    redis.pcall('XGROUP', 'DELCONSUMER', P .. 'work', GROUP, owner)
 end
 return {tostring(ends), claimed}

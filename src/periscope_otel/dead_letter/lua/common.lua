@@ -13,7 +13,7 @@
 local P = KEYS[1]
 local GROUP = 'replay'
 local MOST_REPLAYS, MOST_LEASES = 5, 3
-local REMEMBERED = 120000 -- milliseconds for which a removed letter is known by its id
+local REMEMBERED = 3600000 -- milliseconds for which a removed letter is known by its id
 
 local function now()
     local time = redis.call('TIME')
@@ -27,8 +27,9 @@ local FIELDS = {'state', 'revision', 'more_attempts', 'replays', 'leases', 'owne
 
 local function load(id)
     local packed = redis.call('HGET', P .. 'l:' .. id, 'x')
-    if not packed then return nil end
-    local values, x = cmsgpack.unpack(packed), {id = id}
+    local readable, values = pcall(cmsgpack.unpack, packed or '')
+    if not packed or not readable or type(values) ~= 'table' then return nil end
+    local x = {id = id}
     for i, name in ipairs(FIELDS) do x[name] = values[i] end
     return x
 end

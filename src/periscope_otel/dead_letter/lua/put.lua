@@ -5,10 +5,13 @@ for i = 1, #ARGV / 12 do
         state, replays = unpack(ARGV, 12 * i - 11, 12 * i)
     failed_at, attempts, replays = tonumber(failed_at), tonumber(attempts), tonumber(replays)
     local other = redis.call('HGET', P .. 'same', same)
-    if redis.call('EXISTS', P .. 'l:' .. id, P .. 'gone:' .. id) > 0 then
+    local x = other and load(other)
+    if other and not x then redis.call('HDEL', P .. 'same', same) end
+    -- A letter is there once its changing part is, which is written last.
+    if redis.call('HEXISTS', P .. 'l:' .. id, 'x') == 1
+        or redis.call('EXISTS', P .. 'gone:' .. id) == 1 then
         answers[i] = 'known'
-    elseif other then
-        local x = load(other)
+    elseif x then
         local stands = x.state
         leave(x)
         x.error_type, x.fingerprint, x.failed_at = error_type, fingerprint, failed_at

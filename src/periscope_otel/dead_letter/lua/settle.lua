@@ -19,7 +19,8 @@ elseif verb == 'released' then
     enter(x, x.before)
 else
     x.until_ = now() + tonumber(ARGV[5])
-    redis.call('ZADD', P .. 'leases', 'XX', x.until_, x.id)
+    redis.call('ZREM', P .. 'leases', x.id) -- frees first, see `leave`
+    redis.call('ZADD', P .. 'leases', x.until_, x.id)
     save(x)
     return tostring(x.until_)
 end
