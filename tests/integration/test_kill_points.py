@@ -7,23 +7,19 @@ import secrets
 import signal
 from typing import TYPE_CHECKING
 
+import pytest
 from processes import running
 
 if TYPE_CHECKING:
-    import pytest
     from otlp import Receiver
 
 KILL_POINTS = 200
 AT_ONCE = 6
 
 
-def test_no_kill_point_loses_what_had_ended(
-    collector: Receiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("uncovered")
+def test_no_kill_point_loses_what_had_ended(collector: Receiver) -> None:
     """At 200 random kill points all operations that had ended arrive, as span and count."""
-    # Ctrl-C in the middle of coverage's own lock leaves that locked, and the program hangs.
-    for variable in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
-        monkeypatch.delenv(variable, raising=False)
     seed = secrets.token_hex(4)
     env = {"OTEL_BSP_MAX_QUEUE_SIZE": "50000", "PERISCOPE_SHUTDOWN_TIMEOUT": "30"}
     arguments = (collector.http, seed, str(KILL_POINTS), str(AT_ONCE))

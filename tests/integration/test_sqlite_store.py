@@ -397,6 +397,7 @@ print(json.dumps([children, put, sorted(ids_of(everything(store)))]))
 """
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_fork_in_the_middle(path):
     """Children forked while threads put can use the store, and neither side loses a letter."""
     children, put, listed = finish(start(FORK, path))
@@ -425,6 +426,7 @@ print(json.dumps([store.put(some(1)), store.stats().total]))
 """
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_child_that_ends_takes_nothing_away(path):
     """A child that ends, or that closes the store, leaves the parent's store working."""
     assert finish(start(FORKED_LOCK, path)) == [["stored"], 2]
@@ -891,6 +893,7 @@ def test_checkpoint_beside_a_reader_or_a_writer_is_no_error(path):
     base.close()
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_inherited_transaction_does_not_hang_a_child(path):
     """A child forked in the middle of a transaction that does not end is told so at once."""
     code = """
