@@ -95,6 +95,7 @@ class RedisServer:
         deadline = time.monotonic() + READY_WITHIN
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
                 raise AssertionError((self._folder / "log").read_text())
             time.sleep(0.01)
         return self
