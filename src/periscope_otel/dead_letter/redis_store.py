@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from periscope_otel import guard
-from periscope_otel.dead_letter.errors import DamagedLetterError, StoreError, StoreFullError
+from periscope_otel.dead_letter.errors import StoreError, StoreFullError
 from periscope_otel.dead_letter.letter import Letter
 from periscope_otel.dead_letter.store import (
     LONGEST_PAGE,
@@ -29,6 +28,7 @@ from periscope_otel.dead_letter.store import (
     among,
     in_state,
     payload_identity,
+    readable,
     resting_state,
 )
 from periscope_otel.redaction import clean_name
@@ -140,7 +140,7 @@ class RedisStore:
                 "list", where.queue, _index(where), int(newest_first), after,
                 limit - len(found), _LOOKED_AT, _pack(_wanted(where)),
             )  # fmt: skip
-            found += _undamaged(rows)
+            found += readable(rows, _letter)
             after = last.decode()
             if not after or len(found) == limit:
                 return Page(found, after or None)
@@ -156,7 +156,7 @@ class RedisStore:
         matching = [row for row in rows if _matches(row, where)]
         more = len(matching) > limit
         page = matching[:limit]
-        return Page(_undamaged(page), str(_sequence_of(page[-1])) if more else None)
+        return Page(readable(page, _letter), str(_sequence_of(page[-1])) if more else None)
 
     def _rows_of(self, where: Filter) -> Sequence[Any]:
         """Return what there is of the letters whose ids a filter names."""
@@ -221,7 +221,7 @@ class RedisStore:
         self, queue: str, owner: str, lease: float, limit: int, ids: Sequence[str]
     ) -> Sequence[Claim]:
         until, rows = self._run("claim", queue, owner, lease, limit, *ids)
-        return [Claim(letter, owner, float(until)) for letter in _undamaged(rows)]
+        return [Claim(letter, owner, float(until)) for letter in readable(rows, _letter)]
 
     def renew(self, claim: Claim, lease: float) -> Claim | None:
         """Hold a claim for longer; see `Store`."""
@@ -337,17 +337,6 @@ def _letter(row: Sequence[bytes]) -> Letter:
         attempts=letter.attempts + x.more_attempts,
         replays=x.replays,
     )
-
-
-def _undamaged(rows: Sequence[Sequence[bytes]]) -> list[Letter]:
-    """Return the letters that can be read; a damaged one is told of and hides no other."""
-    letters = []
-    for row in rows:
-        try:
-            letters.append(_letter(row))
-        except DamagedLetterError as error:
-            guard.warn("damaged letter", "a dead letter cannot be read and is left out: %s", error)
-    return letters
 
 
 def _changing(packed: bytes) -> _Changing:

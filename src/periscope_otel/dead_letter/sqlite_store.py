@@ -13,7 +13,6 @@ from urllib.parse import quote
 
 import msgspec
 
-from periscope_otel import guard
 from periscope_otel.dead_letter.database import Database
 from periscope_otel.dead_letter.errors import DamagedLetterError, StoreError
 from periscope_otel.dead_letter.letter import Letter
@@ -31,6 +30,7 @@ from periscope_otel.dead_letter.store import (
     among,
     in_state,
     payload_identity,
+    readable,
     resting_state,
 )
 from periscope_otel.redaction import clean_name
@@ -194,7 +194,7 @@ class SQLiteStore:
             f"SELECT {_ROW} FROM letters WHERE {conditions} ORDER BY seq {order} LIMIT ?",  # noqa: S608
             (*values, limit),
         )
-        return Page(_undamaged(rows), str(rows[-1][-1]) if len(rows) == limit else None)
+        return Page(readable(rows, _letter), str(rows[-1][-1]) if len(rows) == limit else None)
 
     def stats(self, queue: str = "default") -> Stats:
         """Return how many letters there are; see `Store`."""
@@ -254,7 +254,7 @@ class SQLiteStore:
                         (row[-1],),
                     )
         rows.sort(key=lambda row: row[-1])
-        return [Claim(letter, owner, now + lease) for letter in _undamaged(rows)]
+        return [Claim(letter, owner, now + lease) for letter in readable(rows, _letter)]
 
     def renew(self, claim: Claim, lease: float) -> Claim | None:
         """Hold a claim for longer; see `Store`."""
@@ -366,18 +366,6 @@ def _letter(row: Sequence[Any]) -> Letter:
         attempts=letter.attempts + more_attempts,
         replays=replays,
     )
-
-
-def _undamaged(rows: Sequence[Sequence[Any]]) -> list[Letter]:
-    """Return the letters that can be read; a damaged one is told of and hides no other."""
-    letters = []
-    for row in rows:
-        damage = _damage_of(row)
-        if damage is None:
-            letters.append(_letter(row))
-        else:
-            guard.warn("damaged letter", "a dead letter cannot be read and is left out: %s", damage)
-    return letters
 
 
 def _damage_of(row: Sequence[Any]) -> DamagedLetterError | None:

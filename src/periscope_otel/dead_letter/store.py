@@ -12,10 +12,11 @@ import functools
 import hashlib
 import uuid
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote
 
-from periscope_otel.dead_letter.errors import StoreError
+from periscope_otel import guard
+from periscope_otel.dead_letter.errors import DamagedLetterError, StoreError
 from periscope_otel.redaction import clean_name
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from typing import Self
 
     from periscope_otel.dead_letter.letter import Letter, State
+
+Row = TypeVar("Row")
+"""A letter as a store has it."""
 
 MOST_REPLAYS = 5
 """Failed replays after which a letter is parked."""
@@ -279,6 +283,17 @@ class AsyncStore:
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.to_thread(self.store.close)
+
+
+def readable(rows: Iterable[Row], read: Callable[[Row], Letter]) -> list[Letter]:
+    """Return the letters that can be read; a damaged one is told of and hides no other."""
+    letters: list[Letter] = []
+    for row in rows:
+        try:
+            letters.append(read(row))
+        except DamagedLetterError as error:
+            guard.warn("damaged letter", "a dead letter cannot be read and is left out: %s", error)
+    return letters
 
 
 def in_state(where: Filter, state: State) -> Filter:

@@ -175,10 +175,7 @@ _WAYS: Final[tuple[tuple[type | tuple[type, ...], _Way], ...]] = (
     (tuple, _Walk._tuple),
     ((set, frozenset), _Walk._set),
     (bool, lambda _, value: bool(value)),
-    (
-        int,
-        lambda _, value: int(value) if value in _WHOLE_NUMBERS else _ext(_NUMBER, str(int(value))),
-    ),
+    (int, lambda _, value: _whole_number(int(value))),
     (str, lambda _, value: str(value)),
     (float, lambda _, value: float(value)),
     (bytearray, lambda _, value: _ext(_BYTEARRAY, bytes(value))),
