@@ -115,6 +115,23 @@ def test_putting_twice_is_putting_once(outbox, store, forwarder):
     assert store.stats().total == 1
 
 
+def test_letters_are_put_as_a_part_of_a_transaction(outbox):
+    """What is put within a transaction waits when that ends well, and not when it is undone."""
+    letters = some(3)
+
+    def undone() -> None:
+        with outbox.database.writing() as writing:
+            outbox.put_within(writing, letters)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        undone()
+    assert outbox.waiting() == (0, None)
+    with outbox.database.writing() as writing:
+        outbox.put_within(writing, [*letters, letters[0]])
+    assert ids_of(outbox.next()) == ids_of(letters)
+
+
 def test_waiting_says_since_when(outbox, clock):
     """The oldest letter that waits is told by the time at which it was put."""
     outbox.put(some(1))

@@ -290,6 +290,23 @@ def test_threads_leave_no_connections_behind(store):
     assert len(list(Path("/dev/fd").iterdir())) < before + 30
 
 
+def test_letters_are_put_as_a_part_of_a_transaction(store):
+    """What is put within a transaction is there when that ends well, and not when it is undone."""
+    letters = some(3)
+
+    def undone() -> None:
+        with store.database.writing() as writing:
+            assert store.put_within(writing, letters) == ["stored"] * 3
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        undone()
+    assert store.stats().total == 0
+    with store.database.writing() as writing:
+        assert store.put_within(writing, [*letters, letters[0]]) == [*["stored"] * 3, "known"]
+    assert ids_of(everything(store)) == ids_of(letters)
+
+
 # --- others at the same file ---------------------------------------------------------------------
 
 
@@ -843,6 +860,25 @@ def test_transaction_is_undone_by_an_error(path):
     with base.writing() as writing:
         writing.execute("INSERT INTO t VALUES (3, 'c')")
     assert base.read("SELECT n FROM t WHERE n > ?", (1,)) == [(3,)]
+    base.close()
+
+
+@pytest.mark.parametrize("opened_as", ["FULL", "NORMAL"])
+def test_a_transaction_may_be_safer_or_quicker_than_others(path, opened_as):
+    """One transaction is written as it asks for, and the next one again as all others are."""
+    numbers = {"NORMAL": 1, "FULL": 2}
+    base = Database(path, TABLE, synchronous=opened_as)
+
+    def in_use(durable: bool | None) -> int:
+        with base.writing(durable) as writing:
+            ((number,),) = writing.execute("PRAGMA synchronous").fetchall()
+            return number
+
+    for _ in range(2):
+        assert [in_use(None), in_use(True), in_use(False)] == [numbers[opened_as], 2, 1]
+        with pytest.raises(KeyError), base.writing(opened_as == "NORMAL"):
+            raise KeyError
+        assert in_use(None) == numbers[opened_as]
     base.close()
 
 

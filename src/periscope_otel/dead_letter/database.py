@@ -139,6 +139,7 @@ class Database:
     ) -> None:
         self.path = Path(path).absolute()
         self._schema = schema
+        self._synchronous = synchronous
         self._pragmas = (
             f"PRAGMA busy_timeout={int(busy * 1000)}",
             f"PRAGMA synchronous={synchronous}",
@@ -152,22 +153,43 @@ class Database:
             pass
 
     @contextmanager
-    def writing(self) -> Iterator[sqlite3.Connection]:
+    def writing(self, durable: bool | None = None) -> Iterator[sqlite3.Connection]:
         """Run a block as one transaction; what raises inside of it undoes it.
+
+        Args:
+            durable: Whether it has to survive a power cut (FULL), or only the death of the process
+                (NORMAL); by default as the database was opened.
 
         Raises:
             StoreError: If the file cannot be written to, now or at all.
         """
         with self._lock, _gate, _explained(self.path):
             connection = self._writer()
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+            with self._synced(connection, durable):
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield connection
+                    connection.execute("COMMIT")
+                except BaseException:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+
+    @contextmanager
+    def _synced(self, connection: sqlite3.Connection, durable: bool | None) -> Iterator[None]:
+        """Have the transaction of a block written as safely as is asked for.
+
+        SQLite takes the pragma outside of transactions alone.
+        """
+        wanted = {None: self._synchronous, False: "NORMAL", True: "FULL"}[durable]
+        if wanted == self._synchronous:
+            yield
+            return
+        connection.execute(f"PRAGMA synchronous={wanted}")
+        try:
+            yield
+        finally:
+            connection.execute(f"PRAGMA synchronous={self._synchronous}")
 
     def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """Return the rows of a query."""

@@ -19,6 +19,7 @@ from periscope_otel.dead_letter.store import REMEMBERED
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
+    from sqlite3 import Connection
 
 GRACE: Final = 60.0
 """Seconds for which a letter stays after the store has taken it."""
@@ -80,12 +81,25 @@ class Outbox:
         Raises:
             StoreError: If they cannot be written now.
         """
-        now = self._clock()
-        rows = [(letter.id, now, letter.encode()) for letter in letters]
+        rows = [(letter.id, letter.encode()) for letter in letters]  # not while the lock is held
         with self.database.writing() as writing:
-            writing.executemany(
-                "INSERT OR IGNORE INTO outbox (id, put_at, letter) VALUES (?, ?, ?)", rows
-            )
+            self._put(writing, rows)
+
+    def put_within(self, writing: Connection, letters: Iterable[Letter]) -> None:
+        """Keep letters as a part of somebody's transaction.
+
+        Args:
+            writing: What `database.writing()` gives.
+            letters: Each is kept once.
+        """
+        self._put(writing, [(letter.id, letter.encode()) for letter in letters])
+
+    def _put(self, writing: Connection, rows: Sequence[tuple[str, bytes]]) -> None:
+        now = self._clock()
+        writing.executemany(
+            "INSERT OR IGNORE INTO outbox (id, put_at, letter) VALUES (?, ?, ?)",
+            [(letter_id, now, blob) for letter_id, blob in rows],
+        )
 
     def next(self) -> list[Letter]:
         """Return the next batch for the store, oldest first; it stays until it is `taken`."""

@@ -141,6 +141,18 @@ class SQLiteStore:
         with self.database.writing() as writing:
             return [self._put(writing, letter, blob) for letter, blob in rows]
 
+    def put_within(self, writing: Connection, letters: Sequence[Letter]) -> list[Put]:
+        """Store letters as a part of somebody's transaction.
+
+        Args:
+            writing: What `database.writing()` gives.
+            letters: Of any queues.
+
+        Returns:
+            What became of each, once the transaction has ended well.
+        """
+        return [self._put(writing, letter, letter.encode()) for letter in letters]
+
     def _put(self, writing: Connection, letter: Letter, blob: bytes) -> Put:
         known = writing.execute(
             "SELECT 1 FROM letters WHERE id = ?1 UNION ALL SELECT 1 FROM removed WHERE id = ?1",
