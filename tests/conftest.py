@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from periscope_otel import guard
+from periscope_otel.dead_letter.in_use import in_use
 from periscope_otel.telemetry.current import current
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ def telemetry_is_left_as_it_was() -> Iterator[None]:
     before = current.telemetry
     yield
     assert current.telemetry is before
+
+
+@pytest.fixture(autouse=True)
+def dead_letters_stay_in_the_test(tmp_path_factory, monkeypatch) -> Iterator[None]:
+    """Keep the dead letters of a test, and of programs that it starts, out of the user's folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+    yield
+    in_use.configure(None)
 
 
 def pytest_configure() -> None:

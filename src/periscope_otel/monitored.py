@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 from opentelemetry.trace import SpanKind
 
 from periscope_otel import guard
+from periscope_otel.lettered import policy_of
 from periscope_otel.registry import register
 from periscope_otel.scope import CallSite, failure_of, finish_raised, told_of
 from periscope_otel.telemetry.worker import worker
@@ -55,6 +56,11 @@ def monitored(
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     result: ResultPredicate | None = None,
+    dead_letter: bool | str = False,
+    payload: PerCall | None = None,
+    idempotency_key: PerCall | None = None,
+    journal: bool = False,
+    dead_letter_rejected: bool = False,
 ) -> Decorator: ...
 def monitored(
     target: Any = None,
@@ -66,6 +72,11 @@ def monitored(
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     result: ResultPredicate | None = None,
+    dead_letter: bool | str = False,
+    payload: PerCall | None = None,
+    idempotency_key: PerCall | None = None,
+    journal: bool = False,
+    dead_letter_rejected: bool = False,
 ) -> Any:
     """Monitor a function as an ingest operation: each call is a span, counted and timed.
 
@@ -84,12 +95,23 @@ def monitored(
         attributes: Further attributes of the spans.
         result: Called with what the function returned. A true answer means failure: an exception
             or text says which; for True a response's HTTP status is looked at.
+        dead_letter: True, or the name of a queue: the arguments of a call that fails are kept as
+            a dead letter, to be replayed; of a call that succeeds each item given to
+            `op.failed(item, error)`. `"items"`: where items failed only those, whatever the call.
+        payload: A callable of the bound arguments that says what to keep instead: a dict of
+            arguments by name, or what the function is to be handed as its first one.
+        idempotency_key: Such a callable, for what the payload is known by; of its content by
+            default.
+        journal: Write the arguments down before the call and remove them when it has succeeded,
+            so that a process that is killed in the middle of it leaves a dead letter.
+        dead_letter_rejected: Keep also what an open breaker rejects.
 
     Returns:
         The decorated function, or a decorator.
 
     Raises:
         TypeError: For a class, a property or something that cannot be called.
+        ValueError: If `dead_letter` cannot be the name of a queue.
 
     Example:
         >>> @monitored("fetch", feed=lambda args: args["url"].host)
@@ -99,6 +121,9 @@ def monitored(
         if name is not None:
             raise TypeError("monitored() got the operation's name twice")
         target, name = None, target
+    letters = policy_of(
+        dead_letter, payload, idempotency_key, journal=journal, rejected=dead_letter_rejected
+    )
 
     def decorate(function: Any) -> Any:
         return _decorate(
@@ -109,6 +134,7 @@ def monitored(
             breaker=breaker,
             kind=kind,
             attributes=attributes,
+            letters=letters,
         )
 
     return decorate if target is None else decorate(target)
@@ -205,17 +231,24 @@ def _wrap_coroutine(
     function: Callable[..., Any], site: CallSite, result: ResultPredicate | None
 ) -> Callable[..., Any]:
     begin = site.begin
+    site.in_coroutine = True
 
     async def monitored_coroutine(*args: Any, **kwargs: Any) -> Any:
         operation = begin(args, kwargs)
         try:
+            if operation.journal_waiting:
+                await operation.write_journal()
             value = await function(*args, **kwargs)
             if result is not None:
                 _judge(operation, result, value)
             operation.finish()
         except BaseException as error:
             finish_raised(operation, error)
+            if operation.letters_waiting:
+                await operation.deliver()
             raise
+        if operation.letters_waiting:
+            await operation.deliver()
         return value
 
     return monitored_coroutine
@@ -258,9 +291,13 @@ def _wrap_generator(
 
 
 def _wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callable[..., Any]:
+    site.in_coroutine = True
+
     async def monitored_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         inner = function(*args, **kwargs)
         operation, _keeper = _begin_generator(site, args, kwargs)
+        if operation.journal_waiting:
+            await operation.write_journal()
         step: Callable[[Any], Awaitable[Any]] = functools.partial(_first_step, inner)
         sent: Any = None
         closing = False
@@ -270,10 +307,14 @@ def _wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Calla
                 item = await step(sent)
             except StopAsyncIteration:
                 _finish_generator(operation, closing=closing)
+                if operation.letters_waiting:
+                    await operation.deliver()
                 return
             except BaseException as error:
                 sent = None
                 _finish_generator(operation, error, closing=closing)
+                if operation.letters_waiting:
+                    await operation.deliver()
                 raise
             operation.suspend()
             step, sent, closing = inner.asend, None, False

@@ -23,6 +23,7 @@ from opentelemetry.trace import (
 )
 
 from periscope_otel import guard
+from periscope_otel.dead_letter.replaying import REPLAYING
 from periscope_otel.failure import Failure, classify, classify_response, message_of, stack_text
 from periscope_otel.items import (
     CLOSED_LEDGER,
@@ -114,6 +115,12 @@ class Operation:
         return f"<Operation {self.name!r} feed={self.feed!r} {state}>"
 
     # What the user calls.
+
+    @property
+    def idempotency_key(self) -> str | None:
+        """In the replay of a dead letter what its payload is known by; see `LetteredOperation`."""
+        replaying = REPLAYING.get()
+        return None if replaying is None else replaying.key
 
     @property
     def items(self) -> ItemAccount:
@@ -211,6 +218,22 @@ class Operation:
 
     # Begin, suspend, resume, settle: what the wrappers call.
 
+    @property
+    def letters_waiting(self) -> bool:
+        """Whether a coroutine has to await `deliver`."""
+        return False
+
+    @property
+    def journal_waiting(self) -> bool:
+        """Whether a coroutine has to await `write_journal`."""
+        return False
+
+    async def write_journal(self) -> None:
+        """Write the payload down before the first attempt; see `LetteredOperation`."""
+
+    async def deliver(self) -> None:
+        """Write dead letters that a coroutine left to be awaited; see `LetteredOperation`."""
+
     def start(
         self,
         telemetry: Telemetry,
@@ -303,7 +326,7 @@ class Operation:
         """
         telemetry = self._telemetry
         if telemetry is None:
-            self._settle_without_telemetry(failure)
+            self._settle_without_telemetry(failure, error)
             return
         if telemetry.inherited:
             return
@@ -322,6 +345,7 @@ class Operation:
                 or self._consumer_seconds is not None
             ):
                 outcome, error_type = self._describe(failure, error)
+            self._closing(outcome, failure or self._failure, error)
         except Exception as own_error:  # noqa: BLE001
             guard.report("operation.settle", own_error)
             outcome, error_type = ("ok", None) if failure is None else (failure.outcome, None)
@@ -383,9 +407,16 @@ class Operation:
             ledger = self.__dict__.setdefault("_ledger", ItemLedger(instruments, self.series))
         return ledger
 
-    def _settle_without_telemetry(self, failure: Failure | None) -> None:
+    def _settle_without_telemetry(
+        self, failure: Failure | None, error: BaseException | None
+    ) -> None:
         if self.outcome is None:
-            self.outcome = _outcome_of(failure or self._failure, self._close_ledger())
+            failure = failure or self._failure
+            self.outcome = _outcome_of(failure, self._close_ledger())
+            self._closing(self.outcome, failure, error)
+
+    def _closing(self, outcome: str, failure: Failure | None, error: BaseException | None) -> None:
+        """Take note of how it ends, while the span can still be written to; for subclasses."""
 
     def _close_ledger(self) -> ItemAccount | None:
         ledger = self._ledger

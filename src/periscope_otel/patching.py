@@ -16,6 +16,7 @@ import wrapt
 from opentelemetry.trace import SpanKind
 
 from periscope_otel import guard
+from periscope_otel.lettered import policy_of
 from periscope_otel.monitored import default_name, refuse_what_is_no_function, wrap
 from periscope_otel.registry import register
 from periscope_otel.scope import CallSite
@@ -152,6 +153,11 @@ def monitor_function(
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     result: ResultPredicate | None = None,
+    dead_letter: bool | str = False,
+    payload: PerCall | None = None,
+    idempotency_key: PerCall | None = None,
+    journal: bool = False,
+    dead_letter_rejected: bool = False,
 ) -> Patch:
     """Monitor a function of a module that one does not own, as `@monitored` would.
 
@@ -167,6 +173,11 @@ def monitor_function(
         kind: The spans' kind.
         attributes: Further attributes of the spans.
         result: Says of a returned value whether it means failure.
+        dead_letter: As for `monitored`, as are the others.
+        payload: What to keep of a call that failed.
+        idempotency_key: What it is known by.
+        journal: Whether it is written down before the call.
+        dead_letter_rejected: Whether to keep what an open breaker rejects.
 
     Returns:
         The patch; its `undo()` puts the original back.
@@ -180,7 +191,11 @@ def monitor_function(
         >>> patch = monitor_function("taxii2client.v21:Collection.get_objects", feed="taxii")
         >>> patch.undo()
     """
-    fixed = {"feed": feed, "breaker": breaker, "kind": kind, "attributes": attributes}
+    letters = policy_of(
+        dead_letter, payload, idempotency_key, journal=journal, rejected=dead_letter_rejected
+    )
+    fixed: dict[str, Any] = {"feed": feed, "breaker": breaker, "kind": kind}
+    fixed |= {"attributes": attributes, "letters": letters}
     with _lock:
         known = _patches.get(target)
         if known is not None:

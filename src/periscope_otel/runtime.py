@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 from opentelemetry import metrics, trace
 
 from periscope_otel import guard
+from periscope_otel.dead_letter.in_use import in_use, options_of
 from periscope_otel.operation import Operation
 from periscope_otel.report import ExportReport, SignalReport
 from periscope_otel.settings import Settings, differences, load
@@ -32,13 +33,14 @@ from periscope_otel.telemetry.reader import ExportingReader
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricReader
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import TracerProvider
 
+    from periscope_otel.dead_letter.queue import OnLost
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")
@@ -53,8 +55,10 @@ class Runtime:
         settings: How.
         tracer_provider: Used as it is, if given; else the global one; else one is built.
         meter_provider: Likewise.
+        on_lost: Called with each dead letter that could not be kept, and why.
 
     Raises:
+        StoreError: If the folder of dead letters cannot be used.
         OSError: If the Prometheus address cannot be listened on.
         ValueError: If the environment names an exporter that is not installed.
     """
@@ -64,6 +68,7 @@ class Runtime:
         settings: Settings,
         tracer_provider: TracerProvider | None = None,
         meter_provider: MeterProvider | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
         self.settings = settings
         self.given = (tracer_provider, meter_provider)
@@ -80,6 +85,7 @@ class Runtime:
         self._pid = os.getpid()
         self._hooks = ExitHooks(self._end)
         self._reset_end()
+        self._use_dead_letters(on_lost)
         if settings.prometheus is not None:
             self._serve(settings.prometheus.host, settings.prometheus.port)
         try:
@@ -168,6 +174,13 @@ class Runtime:
         }
         self.server = Server(host, port, pages)
 
+    def _use_dead_letters(self, on_lost: OnLost | None) -> None:
+        settings = self.settings
+        in_use.configure(options_of(settings, on_lost))
+        asked_for = settings.dead_letters or settings.data_dir or settings.redis_url
+        if settings.dead_letters is not False and (asked_for or in_use.wanted):
+            in_use.queue().start()
+
     def _wire_traces(self) -> None:
         if self.tracer_provider is not None:
             self._use_foreign("spans", self.tracer_provider)
@@ -254,7 +267,8 @@ class Runtime:
         return telemetry
 
     def _flushables(self) -> list[Flushable]:
-        return [*self._flush_threads, *self._readers]
+        queue = in_use.opened
+        return [*self._flush_threads, *self._readers, *([] if queue is None else [queue])]
 
     # The end.
 
@@ -295,6 +309,9 @@ class Runtime:
             _run_until(deadline, close)
         for thread in self._flush_threads:
             thread.stop()
+        with guard.contained("dead letters"):
+            in_use.close(max(0.1, deadline - time.monotonic()))
+            in_use.configure(None)
 
     def _say(self, report: ExportReport) -> None:
         wanted = self.settings.exit_report
@@ -393,6 +410,14 @@ def configure(
     label_limit: int | None = None,
     shutdown_timeout: float | None = None,
     exit_report: str | None = None,
+    dead_letters: bool | None = None,
+    data_dir: str | os.PathLike[str] | None = None,
+    redis_url: str | None = None,
+    dead_letter_inline_limit: int | None = None,
+    dead_letter_file_limit: int | None = None,
+    dead_letter_headers: Sequence[str] | None = None,
+    jaeger_url: str | None = None,
+    on_lost: OnLost | None = None,
 ) -> Runtime:
     """Set everything up, once for the process. Every argument is optional.
 
@@ -410,12 +435,24 @@ def configure(
         label_limit: Label sets of one instrument before further values become `other`; 1,500.
         shutdown_timeout: Seconds at the end of the process in which everything is flushed; 5.
         exit_report: `always`, `loss` or `never`: when the end says in one line what was exported.
+        dead_letters: True to open the queue of dead letters at once, False to keep none; by
+            default it is opened if an operation wants it.
+        data_dir: Where dead letters are kept; `$XDG_STATE_HOME/periscope-otel` by default. Its
+            parent has to be there.
+        redis_url: The Redis that dead letters are moved to; by default they stay in `data_dir`.
+        dead_letter_inline_limit: Bytes of a payload, compressed, above which it is a file of its
+            own; 8 MiB.
+        dead_letter_file_limit: Bytes that the file of dead letters may grow to; 1 GiB.
+        dead_letter_headers: Names of entries of the baggage that a dead letter carries along.
+        jaeger_url: Where `periscope dlq show` finds traces.
+        on_lost: Called with each dead letter that could not be kept, and why.
 
     Returns:
         The runtime. A second call returns the same one, and warns of arguments that differ.
 
     Raises:
         SettingsError: If a setting's value does not fit.
+        StoreError: If the folder of dead letters cannot be used; the message says why.
         OSError: If the Prometheus address cannot be listened on.
 
     Example:
@@ -432,11 +469,18 @@ def configure(
             "label_limit": label_limit,
             "shutdown_timeout": shutdown_timeout,
             "exit_report": exit_report,
+            "dead_letters": dead_letters,
+            "data_dir": data_dir,
+            "redis_url": redis_url,
+            "dead_letter_inline_limit": dead_letter_inline_limit,
+            "dead_letter_file_limit": dead_letter_file_limit,
+            "dead_letter_headers": dead_letter_headers,
+            "jaeger_url": jaeger_url,
         }
     )
     with _lock:
         if _runtime is None or _runtime.closed:
-            _runtime = Runtime(settings, tracer_provider, meter_provider)
+            _runtime = Runtime(settings, tracer_provider, meter_provider, on_lost)
         else:
             _warn_of_differences(_runtime, settings, (tracer_provider, meter_provider))
         return _runtime

@@ -11,6 +11,7 @@ from opentelemetry.trace import Link, SpanContext, SpanKind
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure, classify, message_of
+from periscope_otel.lettered import Call, LetteredOperation, policy_of
 from periscope_otel.operation import (
     CANCELLED,
     OPERATION_KEY,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from opentelemetry.util.types import AttributeValue
+
+    from periscope_otel.lettered import LetterPolicy
 
     PerCall: TypeAlias = Callable[[dict[str, Any]], object]
     """A value worked out for each call, from its bound arguments by name."""
@@ -45,7 +48,11 @@ class CallSite:
         kind: The kind of the spans.
         attributes: Further attributes of the spans.
         function: The callable whose signature binds the arguments.
+        letters: What of it becomes a dead letter; nothing by default.
     """
+
+    in_coroutine = False
+    """Whether a coroutine runs the operations, and awaits what must not hold its loop up."""
 
     def __init__(
         self,
@@ -56,6 +63,7 @@ class CallSite:
         kind: SpanKind = SpanKind.INTERNAL,
         attributes: Mapping[str, AttributeValue] | None = None,
         function: Callable[..., Any] | None = None,
+        letters: LetterPolicy | None = None,
     ) -> None:
         for what, value in (("name", name), ("feed", feed), ("breaker", breaker)):
             if value is not None and not isinstance(value, str) and not callable(value):
@@ -73,13 +81,15 @@ class CallSite:
             if callable(value)
         }
         self._function = function
+        self._letters = letters
+        self._is_plain = not self._per_call and letters is None
         self._signature: inspect.Signature | None = None
 
     def begin(
         self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Operation:
         """Begin an operation and make it the current one; raises nothing but an interruption."""
-        if current.telemetry is None and not self._per_call and discover() is None:
+        if current.telemetry is None and self._is_plain and discover() is None:
             # Without an SDK this is nearly all that a decorated call costs, so it is spelt out.
             enclosing = UNOBSERVED.get()
             feed = self._feed
@@ -88,7 +98,7 @@ class CallSite:
             operation = Operation(self._name, feed)
             operation.token = UNOBSERVED.set(operation)
             return operation
-        operation = Operation(self._name, self._feed)
+        operation = self._make(args, kwargs)
         try:
             self._start(operation, args, kwargs, None, None)
             operation.enter()
@@ -111,11 +121,21 @@ class CallSite:
             parent: The context to begin in; the current one by default.
             links: Spans of other traces that led to this one.
         """
-        operation = Operation(self._name, self._feed)
+        operation = self._make(args, kwargs)
         try:
             self._start(operation, args, kwargs, parent, links)
         except BaseException as error:  # noqa: BLE001
             _never_begun(operation, error)
+        return operation
+
+    def _make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Operation:
+        if self._letters is None:
+            return Operation(self._name, self._feed)
+        call = Call(self._function, args, kwargs or {})
+        operation = LetteredOperation(
+            self._name, self._feed, self._letters, call, lambda: self._bind(args, kwargs or {})
+        )
+        operation.in_coroutine = self.in_coroutine
         return operation
 
     def _start(
@@ -237,10 +257,14 @@ class OperationBlock:
         self._operation: Operation | None = None
 
     def __enter__(self) -> Operation:
+        operation = self._prepare()
+        operation.enter()
+        return operation
+
+    def _prepare(self) -> Operation:
         if self._operation is not None:
             raise RuntimeError("an operation block is entered once: call operation(...) again")
         self._operation = operation = self._site.prepare(parent=self._parent, links=self._links)
-        operation.enter()
         return operation
 
     def __exit__(
@@ -258,7 +282,12 @@ class OperationBlock:
             finish_raised(operation, exc)
 
     async def __aenter__(self) -> Operation:
-        return self.__enter__()
+        self._site.in_coroutine = True
+        operation = self._prepare()
+        if operation.journal_waiting:
+            await operation.write_journal()
+        operation.enter()
+        return operation
 
     async def __aexit__(
         self,
@@ -267,6 +296,8 @@ class OperationBlock:
         traceback: TracebackType | None,
     ) -> None:
         self.__exit__(exc_type, exc, traceback)
+        if self._operation is not None and self._operation.letters_waiting:
+            await self._operation.deliver()
 
 
 def operation(
@@ -278,6 +309,10 @@ def operation(
     attributes: Mapping[str, AttributeValue] | None = None,
     links: Sequence[Link | SpanContext] | None = None,
     context: Context | None = None,
+    dead_letter: bool | str = False,
+    payload: object = None,
+    idempotency_key: str | None = None,
+    journal: bool = False,
 ) -> OperationBlock:
     """Monitor a block of code as one ingest operation; for `with` and `async with`.
 
@@ -289,6 +324,12 @@ def operation(
         attributes: Further attributes of the span.
         links: Spans of other traces that led to this one.
         context: The OpenTelemetry context to begin in; the current one by default.
+        dead_letter: True, or the name of a queue: if the block fails, `payload` becomes a dead
+            letter, else each item given to `failed`. `"items"`: only those.
+        payload: What the block works on; a replay hands it to the function monitored under the
+            same name.
+        idempotency_key: What `payload` is known by; of its content by default.
+        journal: Write `payload` down before the block begins, so that a killed process leaves it.
 
     Returns:
         A context manager that gives the `Operation`.
@@ -297,7 +338,15 @@ def operation(
         >>> with operation("store", feed="urlhaus") as op:
         ...     op.ingested(database.insert(op.track(rows)))
     """
-    site = CallSite(name, feed=feed, breaker=breaker, kind=kind, attributes=attributes)
+    letters = policy_of(
+        dead_letter,
+        None if payload is None else lambda _: payload,
+        None if idempotency_key is None else lambda _: idempotency_key,
+        journal=journal,
+    )
+    site = CallSite(
+        name, feed=feed, breaker=breaker, kind=kind, attributes=attributes, letters=letters
+    )
     made = None if links is None else [_link(one) for one in links]
     return OperationBlock(site, context, made)
 

@@ -64,6 +64,13 @@ class Settings(NamedTuple):
     label_limit: int
     shutdown_timeout: float
     exit_report: str
+    dead_letters: bool | None
+    data_dir: str | None
+    redis_url: str | None
+    dead_letter_inline_limit: int
+    dead_letter_file_limit: int
+    dead_letter_headers: tuple[str, ...]
+    jaeger_url: str | None
 
 
 def _text(value: Any) -> str | None:
@@ -113,6 +120,32 @@ def _seconds(low: float, high: float) -> Callable[[Any], float]:
         return seconds
 
     return read
+
+
+def _switch(value: Any) -> bool:
+    text = value.strip().lower() if isinstance(value, str) else value
+    if text is True or text in _TRUE:
+        return True
+    if text is False or text in _FALSE:
+        return False
+    raise ValueError
+
+
+def _folder(value: Any) -> str | None:
+    text = _text(os.fspath(value))
+    return None if text is None else os.path.abspath(os.path.expanduser(text))  # noqa: PTH100, PTH111
+
+
+def _redis(value: Any) -> str | None:
+    text = _text(value)
+    if text is not None and urlsplit(text).scheme not in ("redis", "rediss", "unix"):
+        raise ValueError
+    return text
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    texts = value.split(",") if isinstance(value, str) else value
+    return tuple(text for text in map(_text, texts) if text)
 
 
 def _address(value: Any) -> Address | None:
@@ -170,6 +203,56 @@ SETTINGS: tuple[Setting, ...] = (
         "always, loss or never",
         "When the end of the process says in one line what was exported: `loss` only if something "
         "was not.",
+    ),
+    Setting(
+        "dead_letters",
+        None,
+        _switch,
+        "true or false",
+        "`true` opens the dead-letter queue at once, `false` keeps none; else it is opened when an "
+        "operation wants it.",
+    ),
+    Setting(
+        "data_dir",
+        None,
+        _folder,
+        "the path of a folder",
+        "Where dead letters are kept; else `$XDG_STATE_HOME/periscope-otel`.",
+    ),
+    Setting(
+        "redis_url",
+        None,
+        _redis,
+        "a URL such as redis://localhost:6379/0, rediss://… or unix://…",
+        "Where dead letters are moved to; else they stay in `data_dir`.",
+    ),
+    Setting(
+        "dead_letter_inline_limit",
+        8 << 20,
+        _whole_number(1024, 64 << 20),
+        "bytes from 1024 to 67108864",
+        "Bytes of a payload, compressed, above which it is a file of its own in `data_dir`.",
+    ),
+    Setting(
+        "dead_letter_file_limit",
+        1 << 30,
+        _whole_number(1 << 20, 1 << 40),
+        "bytes from 1 MiB to 1 TiB",
+        "Bytes that the file of dead letters on this machine may grow to.",
+    ),
+    Setting(
+        "dead_letter_headers",
+        (),
+        _names,
+        "names, separated by commas",
+        "Entries of the OpenTelemetry baggage that a dead letter carries along.",
+    ),
+    Setting(
+        "jaeger_url",
+        None,
+        _endpoint,
+        "a URL such as http://localhost:16686",
+        "Where `periscope dlq show` finds the trace of a dead letter.",
     ),
 )
 

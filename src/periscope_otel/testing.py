@@ -20,17 +20,22 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
+from periscope_otel.dead_letter.in_use import in_use
 from periscope_otel.items import ItemAccount
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.current import current, telemetry_on
+from periscope_otel.telemetry.letter_counts import letter_counts
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from opentelemetry.sdk.metrics.export import Metric
     from opentelemetry.sdk.trace import Event, ReadableSpan
     from opentelemetry.sdk.trace.sampling import Sampler
+
+    from periscope_otel.dead_letter.letter import Letter
+    from periscope_otel.dead_letter.queue import Where
 
 __all__ = ["CapturedOperation", "CapturedTelemetry", "capture_telemetry"]
 
@@ -113,12 +118,58 @@ class CapturedOperation:
         return parent is not None and context is not None and parent.span_id == context.span_id
 
 
+class _CapturedLetters:
+    """Takes dead letters in place of the process's queue."""
+
+    def __init__(self) -> None:
+        self.letters: list[Letter] = []
+        self.journal_entries: dict[str, Letter] = {}
+
+    def put(self, letters: Sequence[Letter], *, journalled: bool = False) -> Where:
+        if journalled:
+            self.forget([letter.id for letter in letters])
+        self.letters += letters
+        for letter in letters:
+            letter_counts.put(letter.queue, "memory")
+        return "memory"
+
+    async def put_from_coroutine(
+        self, letters: Sequence[Letter], *, journalled: bool = False
+    ) -> Where:
+        return self.put(letters, journalled=journalled)
+
+    def journal(self, letter: Letter) -> bool:
+        self.journal_entries[letter.id] = letter
+        return True
+
+    def forget(self, ids: Sequence[str]) -> None:
+        for one in ids:
+            self.journal_entries.pop(one, None)
+
+
 class CapturedTelemetry:
     """What was emitted while it was captured."""
 
-    def __init__(self, exporter: InMemorySpanExporter, reader: InMemoryMetricReader) -> None:
+    def __init__(
+        self,
+        exporter: InMemorySpanExporter,
+        reader: InMemoryMetricReader,
+        box: _CapturedLetters | None = None,
+    ) -> None:
         self._exporter = exporter
         self._reader = reader
+        self._box = box or _CapturedLetters()
+
+    @property
+    def letters(self) -> list[Letter]:
+        """All dead letters that operations have made; none of them reaches a store."""
+        worker.finish_posted(_WAIT)
+        return list(self._box.letters)
+
+    @property
+    def journal(self) -> list[Letter]:
+        """The payloads that are in the journal now: those of calls with `journal=True`."""
+        return list(self._box.journal_entries.values())
 
     @property
     def spans(self) -> list[ReadableSpan]:
@@ -225,7 +276,7 @@ def _matches(attributes: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
 def capture_telemetry(
     *, clock: Callable[[], float] = time.perf_counter, sampler: Sampler = ALWAYS_ON
 ) -> Iterator[CapturedTelemetry]:
-    """Capture what operations emit in the block, with providers of its own.
+    """Capture what operations emit in the block, with providers of its own, and their dead letters.
 
     Global providers see nothing of it, and it sees nothing of them. It is for one test at a time:
     operations of other threads are captured too.
@@ -241,9 +292,13 @@ def capture_telemetry(
     worker.start()
     telemetry = telemetry_on(tracer_provider, meter_provider, clock=clock)
     before = current.capture(telemetry)
+    box, box_before = _CapturedLetters(), in_use.captured
+    in_use.captured = box
     try:
-        yield CapturedTelemetry(exporter, reader)
+        with letter_counts.set_aside():
+            yield CapturedTelemetry(exporter, reader, box)
     finally:
+        in_use.captured = box_before
         current.release(telemetry, before)
         worker.finish_posted(_WAIT)
         tracer_provider.shutdown()

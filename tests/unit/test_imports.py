@@ -43,6 +43,7 @@ ROOMS = (
     ("patching",),
     ("monitored",),
     ("scope",),
+    ("lettered",),
     ("operation", "registry", "progress"),
     ("dead_letter",),
     ("items",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -19,6 +20,13 @@ DEFAULTS = {
     "label_limit": 1500,
     "shutdown_timeout": 5.0,
     "exit_report": "always",
+    "dead_letters": None,
+    "data_dir": None,
+    "redis_url": None,
+    "dead_letter_inline_limit": 8 << 20,
+    "dead_letter_file_limit": 1 << 30,
+    "dead_letter_headers": (),
+    "jaeger_url": None,
 }
 
 
@@ -45,6 +53,15 @@ def test_defaults():
         ("shutdown_timeout", 2, "2", 2.0),
         ("shutdown_timeout", 0.5, "0.5", 0.5),
         ("exit_report", "never", "Never", "never"),
+        ("dead_letters", True, "on", True),
+        ("dead_letters", False, "No", False),
+        ("data_dir", Path("/var/lib/feeds"), " /var/lib/feeds", "/var/lib/feeds"),
+        ("redis_url", "redis://r:6379/1", "redis://r:6379/1 ", "redis://r:6379/1"),
+        ("redis_url", "unix:///run/r.sock", "unix:///run/r.sock", "unix:///run/r.sock"),
+        ("dead_letter_inline_limit", 4096, "4096", 4096),
+        ("dead_letter_file_limit", 1 << 20, "1048576", 1 << 20),
+        ("dead_letter_headers", ["tenant", "case"], "tenant, case", ("tenant", "case")),
+        ("jaeger_url", "http://j:16686", "http://j:16686", "http://j:16686"),
     ],
 )
 def test_keyword_and_variable_are_read_alike(name, given_value, text, expected):

@@ -77,6 +77,26 @@ def encode_item(item: object) -> Encoded:
     return _encode(item, ITEM, None)
 
 
+def encode_selected(value: object, function: Callable[..., Any] | None) -> Encoded:
+    """Return what a user has chosen as the payload of a call.
+
+    A dict by names of the function's parameters is its arguments; anything else is what the
+    function is to be handed as its first one.
+
+    Args:
+        value: What was chosen.
+        function: What was called, if anything was.
+    """
+    if function is not None and isinstance(value, dict) and value:
+        try:
+            parameters = inspect.signature(function).parameters.keys()
+        except (TypeError, ValueError):
+            return _encode(value, ITEM, None)
+        if value.keys() <= parameters - set(_RECEIVERS):
+            return _encode(dict(value), ARGUMENTS, [])
+    return _encode(value, ITEM, None)
+
+
 def _encode(value: object, codec: str, left_out: list[str] | None) -> Encoded:
     try:
         payload = encode(value, left_out)

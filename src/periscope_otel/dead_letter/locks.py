@@ -45,6 +45,15 @@ class ProcessLock:
         self._descriptor, self._pid = descriptor, os.getpid()
         return True
 
+    def in_place(self) -> bool:
+        """Whether the locked file is still the one at its path; somebody may have removed it."""
+        if self._descriptor is None:
+            return False
+        try:
+            return os.path.samestat(os.fstat(self._descriptor), self.path.stat())
+        except OSError:
+            return False
+
     def release(self) -> None:
         """Give it up."""
         if self.held and self._descriptor is not None:

@@ -20,18 +20,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from periscope_otel import guard
+from periscope_otel.dead_letter.bodies import FOLDER as PAYLOADS
+from periscope_otel.dead_letter.bodies import INLINE, BodyFiles
 from periscope_otel.dead_letter.errors import StoreError
 from periscope_otel.dead_letter.forwarder import Forwarder
+from periscope_otel.dead_letter.journal import Journal
+from periscope_otel.dead_letter.letter import STATES
 from periscope_otel.dead_letter.outbox import MOST_LETTERS, Outbox
 from periscope_otel.dead_letter.sqlite_store import SQLiteStore
 from periscope_otel.dead_letter.store import open_store
+from periscope_otel.telemetry.letter_counts import Depth, OutboxDepth, letter_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Self
+    from typing import Self, TypeAlias
 
     from periscope_otel.dead_letter.letter import Letter
     from periscope_otel.dead_letter.store import Store
+
+    OnLost: TypeAlias = Callable[[Letter, str], object]
 
 logger = logging.getLogger("periscope_otel")
 
@@ -45,6 +52,9 @@ BUSY: Final = 0.25
 
 BEAT: Final = 0.2
 """Seconds between two rounds of the background thread."""
+
+LOOK: Final = 5.0
+"""Seconds between two looks at how many letters there are, and at what dead processes left."""
 
 MOST_IN_MEMORY: Final = 1000
 MOST_BYTES_IN_MEMORY: Final = 64 << 20
@@ -63,6 +73,7 @@ class DeadLetterQueue:
         folder: Where its file is; made if it is not there, for this user alone.
         redis_url: Where letters go to; by default the file itself is their store.
         largest_file: Bytes that the file may grow to.
+        largest_inline: Bytes of a payload, compressed, above which it is a file of its own.
         on_lost: Called with each letter that could not be kept, and why.
         clock: Monotonic seconds.
 
@@ -81,22 +92,34 @@ class DeadLetterQueue:
         *,
         redis_url: str | None = None,
         largest_file: int = LARGEST_FILE,
-        on_lost: Callable[[Letter, str], object] | None = None,
+        largest_inline: int = INLINE,
+        on_lost: OnLost | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        path = Path(folder) / FILE
+        self.folder = Path(folder)
+        path = self.folder / FILE
         self.store: Store
         """Where the letters end up."""
         if redis_url is None:
             self._file: SQLiteStore | Outbox = SQLiteStore(
                 path, synchronous="FULL", busy=BUSY, checkpoints=False, largest=largest_file
             )
-            self.store, self._forwarder = self._file, None
+            self.store, self._forwarder, self._outbox = self._file, None, None
         else:
-            self._file = outbox = Outbox(path, busy=BUSY, checkpoints=False, largest=largest_file)
+            self._file = self._outbox = Outbox(
+                path, busy=BUSY, checkpoints=False, largest=largest_file
+            )
             self.store = open_store(redis_url)
-            self._forwarder = Forwarder(outbox, self.store, clock)
+            self._forwarder = Forwarder(self._outbox, self.store, clock)
+        self.bodies = BodyFiles(self.folder / PAYLOADS, largest_inline)
+        self._journal = Journal(self._file)
         self._on_lost = on_lost
+        self._clock = clock
+        self._queues: set[str] = {"default"}
+        self._next_beat = 0.0
+        self._next_look = 0.0
+        self._wake = threading.Event()
+        self._rested = threading.Event()
         self._begin()
         _OPEN.add(self)
 
@@ -106,29 +129,63 @@ class DeadLetterQueue:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(self, letters: Sequence[Letter]) -> Where:
+    def put(self, letters: Sequence[Letter], *, journalled: bool = False) -> Where:
         """Keep letters: one local write, never a wait for the network.
+
+        Args:
+            letters: Of any queues.
+            journalled: Whether they are in the journal, which they leave in the same transaction.
 
         Returns:
             Where they are now; those that did not fit into memory are lost, also where others did.
         """
         if not letters:
             return "disk"
-        self._start()
+        self.start()
+        letters = [self.bodies.moved_out(letter) for letter in letters]
+        self._queues.update(letter.queue for letter in letters)
         try:
-            self._file.put(letters)
+            self._write(letters, journalled=journalled)
         except StoreError as error:
             return self._keep_in_memory(letters, error)
         except UnicodeEncodeError as error:  # half a character in a text: it cannot be written
             for letter in letters:
-                self._lose(letter, f"it cannot be encoded: {error.reason}")
+                self._lose(letter, "encoding", f"it cannot be encoded: {error.reason}")
             return "lost"
+        _count(letters, "disk")
         self._wake.set()
         return "disk"
 
-    async def put_from_coroutine(self, letters: Sequence[Letter]) -> Where:
+    async def put_from_coroutine(
+        self, letters: Sequence[Letter], *, journalled: bool = False
+    ) -> Where:
         """Keep letters without holding the event loop up; a cancellation does not interrupt it."""
-        return await asyncio.shield(asyncio.to_thread(self.put, letters))
+        return await asyncio.shield(asyncio.to_thread(self.put, letters, journalled=journalled))
+
+    def journal(self, letter: Letter) -> bool:
+        """Write a payload down before it is worked on, so that a death in the middle of it shows.
+
+        Returns:
+            Whether it is written down; where it cannot be, the work goes on without.
+        """
+        self.start()
+        letter = self.bodies.moved_out(letter)
+        try:
+            self._journal.enter(letter)
+        except (StoreError, OSError, UnicodeEncodeError) as error:
+            guard.warn("journal", "a payload could not be written to the journal: %s", error)
+            letter_counts.put(letter.queue, "not_journalled")
+            return False
+        return True
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Take payloads out of the journal that were worked on with success."""
+        try:
+            self._journal.remove(ids)
+        except StoreError:
+            with self._lock:
+                self._done_with.extend(ids)  # at a better moment
+            self._wake.set()
 
     @property
     def in_memory(self) -> int:
@@ -142,12 +199,29 @@ class DeadLetterQueue:
         Returns:
             Whether there may be more to do at once.
         """
-        with guard.contained("dead letter checkpoint"), suppress(StoreError):
-            self._file.database.checkpoint()
+        now = self._clock()
+        if now >= self._next_beat:
+            self._next_beat = now + BEAT
+            with guard.contained("dead letter checkpoint"), suppress(StoreError):
+                self._file.database.checkpoint()
+        if now >= self._next_look:
+            self._next_look = now + LOOK
+            self._look_around()
         more = self._write_out_memory()
         if self._forwarder is not None:
             more = self._forwarder.round() or more
         return more
+
+    def start_flush(self) -> None:
+        """Ask the background thread to move on what it can, without waiting."""
+        self._rested.clear()
+        self._wake.set()
+
+    def wait_flushed(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for that; returns whether nothing is only in memory."""
+        if self._thread is not None and self._thread.is_alive():
+            self._rested.wait(timeout)
+        return not self.in_memory
 
     def close(self, timeout: float = 5.0) -> None:
         """End the background thread, after a last round; letters in the file stay there.
@@ -166,7 +240,8 @@ class DeadLetterQueue:
         with self._lock:
             self._closed = True  # what the thread still has in hand does not come back
         for letter in self._taken_from_memory(None):
-            self._lose(letter, _ENDED)
+            self._lose(letter, "closed", _ENDED)
+        self._journal.close()
         if self._forwarder is not None:
             self._forwarder.release()
             self.store.close()
@@ -174,27 +249,33 @@ class DeadLetterQueue:
 
     def after_fork(self) -> None:
         """Begin anew in the child of a fork; what is in memory is the parent's to write out."""
+        self._journal.after_fork()
         self._begin()
 
     def _begin(self) -> None:
         self.lost = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler's letter may come while it is held
         self._memory: deque[tuple[Letter, int]] = deque()
         self._memory_size = 0
         self._in_hand = 0
+        self._done_with: list[str] = []
+        self._next_beat = self._next_look = 0.0
         self._wake = threading.Event()
+        self._rested = threading.Event()
         self._stopping = False
         self._closed = False
         self._thread: threading.Thread | None = None
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Start the background thread, where it does not run yet."""
         if self._thread is None and not self._stopping:
-            with self._lock:
+            with self._lock, suppress(RuntimeError):  # at the end of the interpreter none starts
                 if self._thread is None:
-                    self._thread = threading.Thread(
+                    thread = threading.Thread(
                         target=self._run, name="periscope-dead-letters", daemon=True
                     )
-                    self._thread.start()
+                    thread.start()
+                    self._thread = thread
 
     def _run(self) -> None:
         while not self._stopping:
@@ -202,8 +283,41 @@ class DeadLetterQueue:
             with guard.contained("dead letter queue"):
                 more = self.round()
             if not more:
+                self._rested.set()
                 self._wake.wait(BEAT)
                 self._wake.clear()
+
+    def _write(self, letters: Sequence[Letter], *, journalled: bool) -> None:
+        if not journalled:
+            self._file.put(letters)
+            return
+        with self._file.database.writing() as writing:
+            self._file.put_within(writing, letters)
+            self._journal.remove_within(writing, [letter.id for letter in letters])
+
+    def _look_around(self) -> None:
+        """Make letters of what dead processes left, and count how many there are."""
+        with guard.contained("dead letter journal"), suppress(StoreError):
+            done_with, self._done_with = self._done_with, []
+            try:
+                self._journal.remove(done_with)
+            except BaseException:
+                self._done_with += done_with
+                raise
+            self._journal.adopt()
+        with guard.contained("dead letter figures"), suppress(StoreError):
+            letter_counts.take(self._depths(), self._outbox_depth())
+
+    def _depths(self) -> dict[str, Depth]:
+        depths = {}
+        for queue in tuple(self._queues):
+            stats = self.store.stats(queue)
+            letters: dict[str, int] = {state: stats.by_state.get(state, 0) for state in STATES[1:]}
+            depths[queue] = Depth(letters, stats.oldest)
+        return depths
+
+    def _outbox_depth(self) -> OutboxDepth | None:
+        return None if self._outbox is None else OutboxDepth(*self._outbox.waiting())
 
     def _keep_in_memory(self, letters: Sequence[Letter], why: StoreError) -> Where:
         guard.warn("dead letter file", "dead letters are kept in memory for now: %s", why)
@@ -218,9 +332,11 @@ class DeadLetterQueue:
                 if fits:
                     self._memory.append((letter, size))
                     self._memory_size += size
-            if not fits:
+            if fits:
+                letter_counts.put(letter.queue, "memory")
+            else:
                 where = "lost"
-                self._lose(letter, f"it could be written neither to disk nor to memory: {why}")
+                self._lose(letter, "full", f"neither disk nor memory has room for it: {why}")
         self._wake.set()
         return where
 
@@ -241,11 +357,12 @@ class DeadLetterQueue:
         self._in_hand = len(letters)  # they still count against the bound
         try:
             try:
-                self._file.put(letters)
+                self._write(letters, journalled=True)
             except StoreError:
                 if self._forwarder is None:
                     raise
                 self.store.put(letters)
+                self.forget([letter.id for letter in letters])
         except StoreError:
             self._put_back(letters)
             return False
@@ -264,24 +381,42 @@ class DeadLetterQueue:
                 self._memory_size += sum(len(one.body) for one in letters)
         if closed:
             for letter in letters:
-                self._lose(letter, _ENDED)
+                self._lose(letter, "closed", _ENDED)
 
-    def _lose(self, letter: Letter, why: str) -> None:
+    def _lose(self, letter: Letter, reason: str, why: str) -> None:
         with self._lock:
             self.lost += 1
-        logger.error(
-            "periscope-otel LOST the dead letter %s of operation %s (feed %s, %s): %s",
-            letter.id,
-            letter.operation,
-            letter.feed,
-            letter.error_type,
-            why,
-        )
-        if self._on_lost is not None:
-            try:
-                self._on_lost(letter, why)
-            except Exception as error:  # noqa: BLE001  (the user's hook must not lose the others)
-                guard.warn("on_lost", "on_lost raised %s", type(error).__name__)
+        lose(letter, reason, why, self._on_lost)
+
+
+def lose(letter: Letter, reason: str, why: str, on_lost: OnLost | None = None) -> None:
+    """Say, count and hand over that a letter could not be kept.
+
+    Args:
+        letter: Which.
+        reason: A word for the metric.
+        why: For people.
+        on_lost: The user's hook.
+    """
+    letter_counts.lost(letter.queue, reason)
+    logger.error(
+        "periscope-otel LOST the dead letter %s of operation %s (feed %s, %s): %s",
+        letter.id,
+        letter.operation,
+        letter.feed,
+        letter.error_type,
+        why,
+    )
+    if on_lost is not None:
+        try:
+            on_lost(letter, why)
+        except Exception as error:  # noqa: BLE001  (the user's hook must not lose the others)
+            guard.warn("on_lost", "on_lost raised %s", type(error).__name__)
+
+
+def _count(letters: Sequence[Letter], where: Where) -> None:
+    for letter in letters:
+        letter_counts.put(letter.queue, where)
 
 
 _OPEN: Final[weakref.WeakSet[DeadLetterQueue]] = weakref.WeakSet()

@@ -19,6 +19,7 @@ from opentelemetry.metrics import _internal as metrics_api
 from periscope_otel import guard
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.instruments import Instruments
+from periscope_otel.telemetry.letter_counts import letter_counts
 from periscope_otel.telemetry.series import LABEL_LIMIT
 from periscope_otel.telemetry.worker import worker
 from periscope_otel.version import __version__
@@ -194,6 +195,7 @@ def _after_fork_in_child() -> None:
     current.lock = threading.RLock()
     guard.reset()
     worker.after_fork()
+    letter_counts.clear()
     inherited = current.telemetry
     if inherited is not None:
         inherited.inherited = True

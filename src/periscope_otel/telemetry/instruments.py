@@ -19,13 +19,15 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_conte
 
 from periscope_otel import guard
 from periscope_otel.telemetry import names
+from periscope_otel.telemetry.callbacks import contained
+from periscope_otel.telemetry.letter_instruments import create_letter_instruments
 from periscope_otel.telemetry.series import LABEL_LIMIT, LabelSet, LabelSets, Series
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from opentelemetry.metrics import CallbackOptions, Meter
+    from opentelemetry.metrics import Meter
 
     from periscope_otel.telemetry.export import ExportCounts
 
@@ -114,7 +116,8 @@ class Instruments:
             (meter.create_observable_counter, names.INTERNAL_ERRORS, _observe_internal_errors),
             (meter.create_observable_counter, names.EXPORT_ITEMS, self._observe_exports),
         ):
-            create(metric.name, [_callback(observe)], metric.unit, metric.description)
+            create(metric.name, [contained(observe)], metric.unit, metric.description)
+        create_letter_instruments(meter)
 
     def record(self, settled: Settled) -> None:
         """Take one settled operation; its duration reaches the histogram at the next drain."""
@@ -289,18 +292,3 @@ def _newest_of_each_bucket(batch: list[Settled]) -> set[int]:
 
 def _observe_internal_errors() -> Iterable[Observation]:
     return [Observation(count, {names.COMPONENT: place}) for place, count in guard.counts().items()]
-
-
-def _callback(
-    observe: Callable[[], Iterable[Observation]],
-) -> Callable[[CallbackOptions], Iterable[Observation]]:
-    """Make an SDK callback of `observe`: one that cannot raise, since that ends a whole collect."""
-
-    def callback(_options: CallbackOptions) -> Iterable[Observation]:
-        try:
-            return list(observe())
-        except Exception as error:  # noqa: BLE001
-            guard.report(f"observing {observe.__name__}", error)
-            return []
-
-    return callback

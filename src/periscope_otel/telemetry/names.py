@@ -37,6 +37,15 @@ EXCEPTION_MESSAGE: Final = "exception.message"
 EXCEPTION_STACKTRACE: Final = "exception.stacktrace"
 ITEM_FAILED_EVENT: Final = "threat.ingest.item.failed"
 
+# Dead letters: the event on the span of what failed, and the attributes of their metrics.
+DEAD_LETTER_EVENT: Final = "dead_letter.put"
+DEAD_LETTER_ID: Final = "dead_letter.id"
+DEAD_LETTER_QUEUE: Final = "dead_letter.queue"
+DEAD_LETTER_STATE: Final = "dead_letter.state"
+DEAD_LETTER_COUNT: Final = "dead_letter.count"
+DEAD_LETTER_OUTCOME: Final = "dead_letter.outcome"
+DEAD_LETTER_REASON: Final = "dead_letter.reason"
+
 # Attributes of the plugin's own metrics.
 COMPONENT: Final = "periscope.component"
 SIGNAL: Final = "periscope.signal"
@@ -92,6 +101,27 @@ EXPORT_ITEMS: Final = Metric(
     "periscope.export.items",
     "{item}",
     "Spans and metric points by signal and what became of them: exported, failed or dropped.",
+)
+DEAD_LETTERS: Final = Metric(
+    "dead_letter.letters", "{letter}", "Dead letters by state; pending ones are on their way."
+)
+DEAD_LETTER_PUTS: Final = Metric(
+    "dead_letter.puts", "{letter}", "Dead letters that this process kept, by where."
+)
+DEAD_LETTER_REPLAYS: Final = Metric(
+    "dead_letter.replays", "{letter}", "Replays of dead letters by this process, by how they ended."
+)
+DEAD_LETTERS_LOST: Final = Metric(
+    "dead_letter.lost", "{letter}", "Dead letters that this process could not keep, by the reason."
+)
+DEAD_LETTER_AGE: Final = Metric(
+    "dead_letter.oldest.age", "s", "Time since the dead letter failed that has waited for longest."
+)
+OUTBOX_LETTERS: Final = Metric(
+    "periscope.outbox.letters", "{letter}", "Letters on this machine that the store has not taken."
+)
+OUTBOX_AGE: Final = Metric(
+    "periscope.outbox.oldest.age", "s", "Time for which the oldest of them has waited."
 )
 
 DURATION_BOUNDARIES: Final = (

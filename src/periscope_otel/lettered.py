@@ -1,0 +1,522 @@
+"""Operations whose failed payload, or failed items, become dead letters.
+
+A letter is made while the operation settles, so that the span can name it, and written right
+after. In a coroutine whoever awaits it writes it, in a thread; everywhere else it is written before
+the call returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from opentelemetry import baggage
+
+from periscope_otel import guard
+from periscope_otel.dead_letter.in_use import in_use
+from periscope_otel.dead_letter.names import queue_name
+from periscope_otel.dead_letter.replaying import REPLAYING
+from periscope_otel.operation import Operation
+from periscope_otel.telemetry import names
+from periscope_otel.telemetry.letter_counts import letter_counts
+from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from opentelemetry.util.types import AttributeValue
+
+    from periscope_otel.dead_letter.codecs import Encoded
+    from periscope_otel.dead_letter.draft import Cause, Origin
+    from periscope_otel.dead_letter.letter import Letter
+    from periscope_otel.dead_letter.replaying import Replaying
+    from periscope_otel.failure import Failure
+
+ITEMS: Final = "items"
+"""What `dead_letter=` is given for letters of failed items alone."""
+
+MOST_HELD: Final = 1000
+"""Failed items that one operation holds until it settles."""
+MOST_BYTES_HELD: Final = 8 << 20
+
+_ITEM_EVENTS: Final = 8
+"""Item letters that the span names; it counts all."""
+
+_NOTHING: Final = object()
+_FAILED: Final = frozenset({"error", "timeout"})
+
+
+class LetterPolicy(NamedTuple):
+    """What of an operation becomes a dead letter, as `monitored` was told."""
+
+    queue: str = "default"
+    items: bool = False
+    """Letters of failed items alone, also where the operation itself fails."""
+    payload: Callable[[dict[str, Any]], object] | None = None
+    key: Callable[[dict[str, Any]], object] | None = None
+    journal: bool = False
+    rejected: bool = False
+
+
+class Call(NamedTuple):
+    """The call that an operation stands for."""
+
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class _FailedItem(NamedTuple):
+    """A failed item, encoded when it failed: it may change until the operation settles."""
+
+    encoded: Encoded
+    cause: Cause
+    value: object
+    """Asked for its marking only."""
+
+
+def policy_of(
+    dead_letter: bool | str,
+    payload: Callable[[dict[str, Any]], object] | None = None,
+    key: Callable[[dict[str, Any]], object] | None = None,
+    *,
+    journal: bool = False,
+    rejected: bool = False,
+) -> LetterPolicy | None:
+    """Return what `monitored` was told about dead letters; None for none.
+
+    Raises:
+        TypeError: If `dead_letter` is neither True nor a text, or another argument needs it.
+        ValueError: If it is no name of a queue.
+    """
+    if dead_letter is False:
+        if payload is not None or key is not None or journal or rejected:
+            raise TypeError(
+                "payload=, idempotency_key=, journal= and dead_letter_rejected= say what becomes "
+                "of dead letters: give dead_letter=True too"
+            )
+        return None
+    if dead_letter is not True and not isinstance(dead_letter, str):
+        raise TypeError(f"dead_letter= takes True or a text, not {type(dead_letter).__name__}")
+    for what, value in (("payload", payload), ("idempotency_key", key)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{what}= takes a callable, not {type(value).__name__}")
+    queue = "default" if dead_letter is True or dead_letter == ITEMS else queue_name(dead_letter)
+    in_use.wanted = True
+    return LetterPolicy(queue, dead_letter == ITEMS, payload, key, journal, rejected)
+
+
+class LetteredOperation(Operation):
+    """An operation that keeps what fails.
+
+    Args:
+        name: The operation's name.
+        feed: The feed's name.
+        policy: What becomes a letter.
+        call: What is called; None for a block.
+        bind: Gives the arguments of the call by name; None if they do not fit.
+    """
+
+    in_coroutine = False
+    """Whether whoever settles it awaits `deliver`."""
+
+    def __init__(
+        self,
+        name: str,
+        feed: str | None,
+        policy: LetterPolicy,
+        call: Call,
+        bind: Callable[[], dict[str, Any] | None],
+    ) -> None:
+        super().__init__(name, feed)
+        self._policy = policy
+        self._call = call
+        self._bind = bind
+        self._closed = False
+        self._letter_id: str | None = None
+        self._key: str | None = None
+        self._encoded: Encoded | None = None
+        self._in_journal = False
+        self._was_journalled = False
+        self._returned_failure: object = None
+        self._selected: object = _NOTHING
+        self._holding = threading.Lock()
+        self._held: list[_FailedItem] = []
+        self._held_bytes = 0
+        self._spilt = 0
+        self._too_many = False
+        self._ready: list[Letter] = []
+        self._done_with: list[str] = []
+        replaying = REPLAYING.get()
+        self._replay: Replaying | None = (
+            replaying if replaying is not None and replaying.takes(name) else None
+        )
+
+    # What the user calls.
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for each try of the same payload, also when its letter is replayed.
+
+        Of the payload's content unless it was set. Give it to whatever stores the payload, and
+        a payload that comes twice is stored once.
+        """
+        if self._replay is not None:
+            return self._replay.key
+        if self._key is None:
+            from periscope_otel.dead_letter.identity import content_key
+
+            content = hashlib.sha256(self._payload().payload).digest()
+            self._key = self._own_key() or content_key(self.name, self.feed, content)
+        return self._key
+
+    @idempotency_key.setter
+    def idempotency_key(self, key: str) -> None:
+        self._key = key
+
+    def failed(
+        self, item: object = None, error: BaseException | None = None, *, count: int = 1
+    ) -> None:
+        """Count items that could not be ingested, and keep `item` for a dead letter.
+
+        Args:
+            item: The item; it is encoded now, and written when the operation settles.
+            error: Why.
+            count: How many items this is about.
+        """
+        super().failed(item, error, count=count)
+        if item is not None and self.outcome is None and in_use.enabled:
+            with guard.contained("dead letter item"):
+                self._hold(item, error)
+
+    def fail(self, error: BaseException | str | object) -> None:
+        """Mark the operation as failed although nothing is raised; see `Operation.fail`."""
+        self._returned_failure = error
+        super().fail(error)
+
+    # What the wrappers call.
+
+    @property
+    def letters_waiting(self) -> bool:
+        """Whether `deliver` has something to do."""
+        return bool(self._ready or self._done_with)
+
+    @property
+    def journal_waiting(self) -> bool:
+        """Whether the payload is yet to be written down, before the first attempt."""
+        return self._policy.journal and not self._was_journalled and self._replay is None
+
+    def enter(self) -> None:
+        """Make this the current operation; the payload is in the journal before that."""
+        if self.journal_waiting and not self.in_coroutine:
+            self._write_journal()
+        super().enter()
+
+    async def write_journal(self) -> None:
+        """Write the payload down without holding the event loop up."""
+        await _in_a_thread(self._write_journal)
+
+    def finish(self) -> None:
+        """Leave and settle an operation that raised nothing."""
+        self.leave()
+        self.settle()
+
+    def settle(
+        self,
+        failure: Failure | None = None,
+        error: BaseException | None = None,
+        *,
+        ended_at: int | None = None,
+    ) -> None:
+        """End the operation once, and write its letters."""
+        super().settle(failure, error, ended_at=ended_at)
+        if not self.in_coroutine and self.letters_waiting:
+            with guard.contained("dead letter"):
+                self._deliver()
+
+    def settle_later(
+        self, failure: Failure | None = None, error: BaseException | None = None
+    ) -> None:
+        """End the operation in the worker's thread, which writes its letters too."""
+        self.in_coroutine = False
+        super().settle_later(failure, error)
+
+    def abort(self) -> None:
+        """Settle as cancelled, from another thread: the process ends in the middle of it."""
+        self.in_coroutine = False
+        super().abort()
+
+    async def deliver(self) -> None:
+        """Write the letters without holding the event loop up."""
+        with guard.contained("dead letter"):
+            await _in_a_thread(self._deliver)
+
+    # Making letters.
+
+    def _closing(self, outcome: str, failure: Failure | None, error: BaseException | None) -> None:
+        with guard.contained("dead letter"):
+            try:
+                self._decide(outcome, failure, self._returned_failure if error is None else error)
+            except Exception:
+                letter_counts.lost(self._policy.queue, "internal")
+                raise
+
+    def _decide(self, outcome: str, failure: Failure | None, error: object) -> None:
+        """Make the letters that this end asks for."""
+        with self._holding:
+            self._closed = True
+        if self._replay is not None:
+            self._close_replay(outcome, failure, error)
+        elif not in_use.enabled:
+            return
+        elif self._becomes_letter(outcome):
+            self._close_failed(outcome, failure, error)
+        else:
+            self._close_succeeded()
+        self._held = []
+
+    def _becomes_letter(self, outcome: str) -> bool:
+        if outcome in _FAILED:
+            return True
+        if outcome == "rejected":
+            return self._policy.rejected or self._in_journal
+        return outcome == "cancelled" and self._in_journal
+
+    def _close_failed(self, outcome: str, failure: Failure | None, error: object) -> None:
+        if self._policy.items and (self._held or self._spilt):
+            self._put_items()
+            self._leave_journal()
+            return
+        error_type = None if failure is None else failure.error_type
+        retry_after = None if failure is None else failure.retry_after
+        self._put_payload(self._cause(error_type or outcome, error, retry_after))
+
+    def _close_succeeded(self) -> None:
+        if self._too_many and not self._policy.items:
+            # More items failed than can be held: the payload has them all.
+            last = self._held[-1].cause
+            told = f"{self.items.failed} items failed, the last one: {last.message}"
+            self._put_payload(last._replace(message=told))
+            return
+        if self._held:
+            self._put_items()
+        self._leave_journal()
+
+    def _close_replay(self, outcome: str, failure: Failure | None, error: object) -> None:
+        """Tell the replay how its letter fared; what has failed in it keeps its letter."""
+        replay = self._replay
+        if replay is None:
+            return
+        if outcome not in ("ok", "partial"):
+            error_type = None if failure is None else failure.error_type
+            retry_after = None if failure is None else failure.retry_after
+            replay.cause = self._cause(error_type or outcome, error, retry_after)
+            return
+        from periscope_otel.dead_letter.store import payload_identity
+
+        letters = self._item_letters()
+        again = [one for one in letters if payload_identity(one) == replay.identity]
+        if again:
+            replay.cause = self._held[letters.index(again[0])].cause
+        self._add([one for one in letters if one not in again])
+
+    def _put_payload(self, cause: Cause) -> None:
+        from periscope_otel.dead_letter.draft import letter_of
+
+        letter = letter_of(
+            self._origin(), self._payload(), cause, value=self._value(),
+            letter_id=self._id(), key=self._key or self._own_key(),
+        )  # fmt: skip
+        self._add([letter])
+
+    def _put_items(self) -> None:
+        self._add(self._item_letters())
+
+    def _item_letters(self) -> list[Letter]:
+        return self._letters_of(self._held, self._spilt)
+
+    def _letters_of(self, items: Sequence[_FailedItem], first: int) -> list[Letter]:
+        from periscope_otel.dead_letter.draft import letter_of
+
+        origin, batch = self._origin(), self._id()
+        return [
+            letter_of(
+                origin, one.encoded, one.cause, value=one.value,
+                batch_id=batch, item_index=first + index,
+            )
+            for index, one in enumerate(items)
+        ]  # fmt: skip
+
+    def _add(self, letters: Sequence[Letter]) -> None:
+        """Have letters written once the operation has settled; the span names them."""
+        self._ready += letters
+        if not letters or not self.span.is_recording():
+            return
+        for letter in letters[:_ITEM_EVENTS]:
+            self.span.add_event(
+                names.DEAD_LETTER_EVENT,
+                {names.DEAD_LETTER_ID: letter.id, names.DEAD_LETTER_QUEUE: letter.queue},
+            )
+        attributes: dict[str, AttributeValue] = {
+            names.DEAD_LETTER_COUNT: self._spilt + len(letters)
+        }
+        self.span.set_attributes(attributes)
+
+    def _hold(self, item: object, error: BaseException | None) -> None:
+        from periscope_otel.dead_letter.codecs import encode_item
+        from periscope_otel.failure import classify
+
+        encoded = encode_item(item)
+        failure = None if error is None else classify(error)
+        cause = self._cause(
+            None if failure is None else failure.error_type,
+            error,
+            None if failure is None else failure.retry_after,
+        )
+        held = _FailedItem(encoded, cause, item)
+        with self._holding:
+            late = self._closed
+            if not late:
+                spilt, first = self._make_room(len(encoded.payload)), self._spilt
+                self._held.append(held)
+                self._spilt += len(spilt)
+        if late:  # by a thread that outlived the operation
+            _put(self._letters_of([held], 0))
+        elif spilt:
+            self._spill(self._letters_of(spilt, first))
+
+    def _make_room(self, size: int) -> Sequence[_FailedItem]:
+        """Return what has to be written now for one more item to be held; mostly nothing."""
+        self._held_bytes += size
+        if len(self._held) < MOST_HELD and self._held_bytes <= MOST_BYTES_HELD:
+            return ()
+        held, self._held, self._held_bytes = self._held, [], size
+        if self._policy.items or self._call.function is None:
+            return held  # they will be letters in any case
+        self._too_many = True  # the payload has to stand for them all
+        return ()
+
+    def _spill(self, letters: Sequence[Letter]) -> None:
+        if self.in_coroutine:
+            worker.post(lambda: _put(letters))
+        else:
+            _put(letters)
+
+    def _cause(self, error_type: str | None, error: object, retry_after: float | None) -> Cause:
+        from periscope_otel.dead_letter.draft import cause_of
+
+        return cause_of(self.name, error_type, error, retry_after)
+
+    def _origin(self) -> Origin:
+        from periscope_otel.dead_letter.draft import Origin
+
+        carried = {
+            name: str(value)
+            for name in in_use.options.headers
+            if (value := baggage.get_baggage(name, self.context)) is not None
+        }
+        return Origin(
+            self.name, self.feed, self._policy.queue, self.span.get_span_context(), carried
+        )
+
+    def _id(self) -> str:
+        if self._letter_id is None:
+            from periscope_otel.dead_letter.draft import letter_ids
+
+            self._letter_id = letter_ids.new()
+        return self._letter_id
+
+    def _payload(self) -> Encoded:
+        """Return the payload as bytes: once, so that a journal and a letter hold the same."""
+        if self._encoded is None:
+            self._encoded = self._encode()
+        return self._encoded
+
+    def _encode(self) -> Encoded:
+        from periscope_otel.dead_letter.codecs import encode_arguments, encode_selected
+
+        function, args, kwargs = self._call
+        if self._policy.payload is not None:
+            selected = self._value()
+            if selected is not _NOTHING:
+                return encode_selected(selected, function)
+        if function is None:
+            return encode_selected(None, None)
+        return encode_arguments(function, args, kwargs)
+
+    def _value(self) -> object:
+        """Return what the payload is made of: what `payload=` selects, or all arguments."""
+        select = self._policy.payload
+        if select is None:
+            by_place: dict[object, object] = dict(enumerate(self._call.args))
+            return by_place | dict(self._call.kwargs)
+        if self._selected is _NOTHING:
+            try:
+                self._selected = select(self._bind() or {})
+            except Exception as error:  # noqa: BLE001  (nothing is lost: all arguments are kept)
+                guard.warn("payload", "payload= raised %s", type(error).__name__)
+        return self._selected
+
+    def _own_key(self) -> str | None:
+        """Return what the caller's `idempotency_key=` says."""
+        if self._policy.key is None:
+            return None
+        try:
+            key = self._policy.key(self._bind() or {})
+        except Exception as error:  # noqa: BLE001  (the user's callable must not break the call)
+            guard.warn("idempotency_key", "idempotency_key= raised %s", type(error).__name__)
+            return None
+        return None if key is None else str(key)
+
+    # The journal, and writing.
+
+    def _write_journal(self) -> None:
+        self._was_journalled = True
+        with guard.contained("journal"):
+            box = in_use.box() if in_use.enabled else None
+            if box is not None:
+                from periscope_otel.dead_letter.draft import letter_of
+
+                letter = letter_of(
+                    self._origin(), self._payload(), None, value=self._value(),
+                    letter_id=self._id(), key=self._key or self._own_key(),
+                )  # fmt: skip
+                self._in_journal = box.journal(letter)
+
+    def _leave_journal(self) -> None:
+        if self._in_journal:
+            self._done_with.append(self._id())
+
+    def _deliver(self) -> None:
+        letters, self._ready = self._ready, []
+        done_with, self._done_with = self._done_with, []
+        _put(letters, journalled=self._in_journal)
+        box = in_use.box() if done_with else None
+        if box is not None:
+            box.forget(done_with)
+
+
+def _put(letters: Sequence[Letter], *, journalled: bool = False) -> None:
+    if not letters:
+        return
+    box = in_use.box()
+    if box is not None:
+        box.put(letters, journalled=journalled)
+        return
+    from periscope_otel.dead_letter.queue import lose
+
+    for letter in letters:
+        lose(letter, "folder", "the folder of dead letters cannot be used", in_use.options.on_lost)
+
+
+async def _in_a_thread(run: Callable[[], None]) -> None:
+    """Run `run` in a thread where asyncio runs; a cancellation does not interrupt it."""
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:  # another library's event loop
+        run()
+        return
+    await asyncio.shield(asyncio.to_thread(run))
