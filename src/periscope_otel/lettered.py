@@ -152,6 +152,8 @@ class LetteredOperation(Operation):
         self._replay: Replaying | None = (
             replaying if replaying is not None and replaying.takes(name) else None
         )
+        if self._replay is not None and feed is None:
+            self.feed = self._replay.feed
 
     # What the user calls.
 
@@ -308,6 +310,7 @@ class LetteredOperation(Operation):
         replay = self._replay
         if replay is None:
             return
+        replay.outcome = outcome
         if outcome not in ("ok", "partial"):
             error_type = None if failure is None else failure.error_type
             retry_after = None if failure is None else failure.retry_after

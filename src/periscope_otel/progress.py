@@ -119,12 +119,23 @@ class _Bar(_NoBar):
 
 
 def _bar_for(operation: _Receiver, items: Any, total: int | None) -> _NoBar:
+    with guard.contained("progress"):
+        if total is None and hasattr(items, "__len__"):
+            total = len(items)
+    name = operation.name if operation.feed is None else f"{operation.name} ({operation.feed})"
+    return open_bar(name, total)
+
+
+def open_bar(name: str, total: int | None) -> _NoBar:
+    """Return a bar on standard error; one that shows nothing where that is no terminal.
+
+    Args:
+        name: What it says before the figures.
+        total: How many there will be, if that is known.
+    """
     if not _somebody_looks():
         return _NoBar()
     try:
-        if total is None and hasattr(items, "__len__"):
-            total = len(items)
-        name = operation.name if operation.feed is None else f"{operation.name} ({operation.feed})"
         return _Bar(name, total)
     except Exception as error:  # noqa: BLE001  (a strange terminal)
         guard.report("progress", error)

@@ -153,9 +153,10 @@ class CallSite:
             operation.name, operation.feed, attributes = self._work_out(args, kwargs or {})
         if operation.feed is None:
             enclosing = enclosing_operation(parent)
-            if enclosing is not None and enclosing.feed is not None:
+            if enclosing is not None:
                 operation.feed = enclosing.feed
-                attributes = {**attributes, names.FEED_NAME: enclosing.feed}
+        if operation.feed is not None and names.FEED_NAME not in attributes:
+            attributes = {**attributes, names.FEED_NAME: operation.feed}
         telemetry = current.telemetry or discover()
         if telemetry is None:
             return

@@ -13,7 +13,8 @@ from __future__ import annotations
 import functools
 import inspect
 import reprlib
-from collections import OrderedDict
+import typing
+from collections import OrderedDict, abc
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from periscope_otel.dead_letter.errors import CannotReplayError
@@ -35,6 +36,7 @@ PLAIN: Final = "text/plain; charset=utf-8"
 
 _LONGEST_TEXT: Final = 64 * 1024
 _RECEIVERS: Final = ("self", "cls")
+_COLLECTIONS: Final = ("builtins", "collections", "collections.abc", "typing")
 
 
 class Encoded(NamedTuple):
@@ -133,9 +135,15 @@ def decode_plain(payload: bytes) -> Any:
 
 
 def bind(
-    function: Callable[..., Any], payload: bytes, codec: str
+    function: Callable[..., Any], payload: bytes, codec: str, *, many: bool = False
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the positional and keyword arguments with which a payload is handed to a handler.
+
+    Args:
+        function: The handler.
+        payload: As it was encoded.
+        codec: How.
+        many: Whether an item is handed over in a list.
 
     Raises:
         CannotReplayError: If they do not fit the handler, or one that it needs was not stored.
@@ -148,7 +156,7 @@ def bind(
         signature = inspect.signature(function)
     except (TypeError, ValueError) as error:
         raise CannotReplayError(f"the handler cannot be looked at: {clean_name(error)}") from None
-    value = decode(payload)
+    value = [decode(payload)] if many and codec == ITEM else decode(payload)
     hints = hints_of(_what_is_annotated(function))
     arranged = (
         _item(signature, value, hints) if codec == ITEM else _arguments(signature, value, hints)
@@ -159,6 +167,25 @@ def bind(
     except TypeError as error:
         raise CannotReplayError(f"the handler cannot be called so: {clean_name(error)}") from None
     return arguments.args, arguments.kwargs
+
+
+def first_is_many(function: Callable[..., Any]) -> bool | None:
+    """Return whether a function's first parameter is a collection; None if that is not said."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    first = next((one for one in parameters if one.name not in _RECEIVERS), None)
+    if first is None:
+        return None
+    if first.kind is first.VAR_POSITIONAL:
+        return False  # each argument is one item
+    hint = hints_of(_what_is_annotated(function)).get(first.name)
+    if hint is None or hint is Any:
+        return None
+    kind = typing.get_origin(hint) or hint
+    is_class = isinstance(kind, type) and not issubclass(kind, (str, bytes, abc.Mapping))
+    return is_class and issubclass(kind, abc.Iterable) and kind.__module__ in _COLLECTIONS
 
 
 def _what_is_annotated(function: Any) -> Any:
