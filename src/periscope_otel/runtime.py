@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import TracerProvider
 
-    from periscope_otel.dead_letter.queue import OnLost
+    from periscope_otel.dead_letter.queue import DeadLetterQueue, OnLost
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")
@@ -102,6 +102,15 @@ class Runtime:
     def resource(self) -> Resource:
         """What the telemetry is about."""
         return pipeline.resource_of(self.settings.service_name)
+
+    @property
+    def dead_letters(self) -> DeadLetterQueue:
+        """The queue of dead letters, opened now if it is not yet; its `store` has the letters.
+
+        Raises:
+            StoreError: If its folder cannot be used.
+        """
+        return in_use.queue()
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Send everything that has ended, waiting `timeout` seconds at most.

@@ -210,13 +210,18 @@ def environment_line() -> str:
 
 def arguments(doc: str, *, rounds: int, calls: int) -> argparse.Namespace:
     """Parse what every script takes: `--rounds`, `--calls` and `--json FILE`."""
+    return parser_of(doc, rounds=rounds, calls=calls).parse_args()
+
+
+def parser_of(doc: str, *, rounds: int, calls: int) -> argparse.ArgumentParser:
+    """Return a parser of that, for a script that takes more."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     parser.add_argument("--calls", type=int, default=calls, help=f"a round; default {calls}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
-    return parser.parse_args()
+    return parser
 
 
 def start_report(doc: str, options: argparse.Namespace) -> Report:
