@@ -679,6 +679,22 @@ def test_damaged_letter_is_told(path, store):
     assert store.get(letters[0].id).payload() == letters[0].payload()
 
 
+@pytest.mark.parametrize("column", ["letter", "more_attempts"])
+def test_column_of_another_type_is_damage(path, store, column):
+    """Where a flipped bit has made a column of another type, that letter is told as damaged."""
+    (letter,) = letters = some(1)
+    store.put(letters)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        connection.execute("UPDATE sqlite_master SET sql = replace(sql, ') STRICT', ')')")
+        connection.execute("PRAGMA writable_schema=RESET")
+        connection.execute(f"UPDATE letters SET {column} = 'x' WHERE id = ?", (letter.id,))
+        connection.commit()
+    with pytest.raises(DeadLetterError):
+        store.get(letter.id)
+    assert everything(store) == []
+
+
 def test_damaged_letter_does_not_hide_the_rest(path, store):
     """Where one letter is damaged the others are still listed."""
     letters = some(5)
