@@ -679,6 +679,22 @@ def test_damaged_letter_is_told(path, store):
     assert store.get(letters[0].id).payload() == letters[0].payload()
 
 
+@pytest.mark.parametrize("column", ["letter", "more_attempts"])
+def test_column_of_another_type_is_damage(path, store, column):
+    """Where a flipped bit has made a column of another type, that letter is told as damaged."""
+    (letter,) = letters = some(1)
+    store.put(letters)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        connection.execute("UPDATE sqlite_master SET sql = replace(sql, ') STRICT', ')')")
+        connection.execute("PRAGMA writable_schema=RESET")
+        connection.execute(f"UPDATE letters SET {column} = 'x' WHERE id = ?", (letter.id,))
+        connection.commit()
+    with pytest.raises(DeadLetterError):
+        store.get(letter.id)
+    assert everything(store) == []
+
+
 def test_damaged_letter_does_not_hide_the_rest(path, store):
     """Where one letter is damaged the others are still listed."""
     letters = some(5)
@@ -882,6 +898,30 @@ def test_a_transaction_may_be_safer_or_quicker_than_others(path, opened_as):
     base.close()
 
 
+def test_a_thread_that_writes_already_is_told_so(path):
+    """What interrupts a transaction and writes too gets a StoreError at once, and harms nothing."""
+    base = Database(path, TABLE, busy=60)
+
+    def interrupt(*_: object) -> None:
+        with pytest.raises(StoreError, match="already"), base.writing():
+            pass
+        with pytest.raises(StoreError, match="already"):
+            base.close()
+        assert base.read("SELECT count(*) FROM t") == [(0,)]
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with base.writing() as writing:
+            writing.execute("INSERT INTO t (x) VALUES ('a')")
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with base.writing() as writing:
+        writing.execute("INSERT INTO t (x) VALUES ('b')")
+    assert base.read("SELECT x FROM t") == [("a",), ("b",)]
+    base.close()
+
+
 def test_threads_take_turns_at_writing(path):
     """Transactions of threads follow one another; none sees half of another's."""
     base = Database(path, TABLE)
@@ -961,6 +1001,40 @@ thread.join()
 print(json.dumps([status, sorted(x for (x,) in base.read("SELECT x FROM t"))]))
 """
     assert finish(start(code, path, TABLE)) == [0, ["parent"]]
+
+
+FORKED_WHILE_WAITING = """
+import json, os, sqlite3, threading, time
+from store_conformance import some
+from periscope_otel.dead_letter.sqlite_store import SQLiteStore
+store = SQLiteStore(sys.argv[1], busy=60)
+other = sqlite3.connect(sys.argv[1], isolation_level=None, check_same_thread=False)
+other.execute("BEGIN IMMEDIATE")
+thread = threading.Thread(target=lambda: store.put(some(1)))
+thread.start()
+while not store.database._is_inside:
+    time.sleep(0.001)
+read, write = os.pipe()
+began = time.monotonic()
+child = os.fork()
+if child == 0:
+    os.read(read, 1)
+    os._exit(0 if store.put(some(1)) == ["stored"] else 1)
+took = time.monotonic() - began
+other.execute("ROLLBACK")
+os.write(write, b"x")
+status = os.waitpid(child, 0)[1]
+thread.join()
+print(json.dumps([status, took, store.stats().total]))
+"""
+
+
+@pytest.mark.usefixtures("uncovered")
+def test_fork_while_a_thread_waits_for_another_process(path):
+    """A child forked while its parent waits for the file can write, and the fork does not wait."""
+    status, took, total = finish(start(FORKED_WHILE_WAITING, path))
+    assert (status, total) == (0, 2)
+    assert took < database.FORK_WAIT
 
 
 CLOSED = """

@@ -369,15 +369,18 @@ def _end_leases(writing: Connection, queue: str, now: float) -> None:
 
 def _letter(row: Sequence[Any]) -> Letter:
     blob, latest, state, revision, more_attempts, replays, _ = row
-    letter = Letter.decode(blob)
-    if latest is not None:
-        letter = letter.with_latest(latest)
-    return letter.changed(
-        state=state,
-        revision=revision,
-        attempts=letter.attempts + more_attempts,
-        replays=replays,
-    )
+    try:
+        letter = Letter.decode(blob)
+        if latest is not None:
+            letter = letter.with_latest(latest)
+        return letter.changed(
+            state=state,
+            revision=revision,
+            attempts=letter.attempts + more_attempts,
+            replays=replays,
+        )
+    except TypeError as error:  # in a damaged row a column may be of any type
+        raise DamagedLetterError(f"a row of letters is damaged: {error}") from None
 
 
 def _damage_of(row: Sequence[Any]) -> DamagedLetterError | None:
