@@ -1004,12 +1004,18 @@ print(json.dumps([status, sorted(x for (x,) in base.read("SELECT x FROM t"))]))
 
 
 FORKED_WHILE_WAITING = """
-import json, os, sqlite3, threading, time
+import json, os, subprocess, sys, threading, time
 from store_conformance import some
 from periscope_otel.dead_letter.sqlite_store import SQLiteStore
 store = SQLiteStore(sys.argv[1], busy=60)
-other = sqlite3.connect(sys.argv[1], isolation_level=None, check_same_thread=False)
-other.execute("BEGIN IMMEDIATE")
+HOLD = (
+    "import sqlite3, sys; held = sqlite3.connect(sys.argv[1], isolation_level=None); "
+    "held.execute('BEGIN IMMEDIATE'); print(flush=True); sys.stdin.read(); held.execute('ROLLBACK')"
+)
+other = subprocess.Popen(
+    [sys.executable, "-c", HOLD, sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+)
+other.stdout.readline()
 thread = threading.Thread(target=lambda: store.put(some(1)))
 thread.start()
 while not store.database._is_inside:
@@ -1021,7 +1027,7 @@ if child == 0:
     os.read(read, 1)
     os._exit(0 if store.put(some(1)) == ["stored"] else 1)
 took = time.monotonic() - began
-other.execute("ROLLBACK")
+other.communicate()
 os.write(write, b"x")
 status = os.waitpid(child, 0)[1]
 thread.join()

@@ -51,6 +51,10 @@ database must be on the same host computer")."""
 LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
 
+LONGEST_LOG: Final = 1000
+"""Pages of the write-ahead log from which it is begun anew, where commits wait for the disk: one that writes
+over what was there before waits half as long as one that has the file grow."""
+
 _MOST_IDLE: Final = 8
 """Connections for reading that are kept for the next reader."""
 
@@ -211,16 +215,18 @@ class Database:
 
     def checkpoint(self) -> None:
         """Move what was written into the database, as far as nobody reads or writes it now."""
-        self.read("PRAGMA wal_checkpoint(PASSIVE)")
+        ((_, frames, _),) = self.read("PRAGMA wal_checkpoint(PASSIVE)")
+        # Writers that never rest keep it from being begun anew: now one of them waits for that.
         if self._log_size() > LARGEST_LOG:
-            # Readers and writers kept it from being begun anew: now one writer waits for that.
-            self._begin_log_anew()
+            self._begin_log_anew("TRUNCATE")
+        elif frames > LONGEST_LOG and self._synchronous == "FULL":
+            self._begin_log_anew("RESTART")
 
-    def _begin_log_anew(self) -> None:
+    def _begin_log_anew(self, way: str) -> None:
         with self._turn(), _explained(self.path):
             for pause in self._pauses():
                 with _gate:
-                    query = "PRAGMA wal_checkpoint(TRUNCATE)"
+                    query = f"PRAGMA wal_checkpoint({way})"
                     ((busy, *_),) = self._writer().execute(query).fetchall()
                 if not busy:
                     return
