@@ -51,6 +51,9 @@ database must be on the same host computer")."""
 LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
 
+LONG: Final = 3000
+"""Bytes of a blob from which it has a row of its own: with others it would not fit into a page."""
+
 _MOST_IDLE: Final = 8
 """Connections for reading that are kept for the next reader."""
 
