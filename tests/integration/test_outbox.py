@@ -204,13 +204,23 @@ def test_what_was_put_again_has_a_grace_time_of_its_own(outbox, store, forwarder
 
 def test_a_damaged_letter_holds_no_other_up(outbox, store, forwarder):
     """What cannot be read is set aside, and all others arrive."""
-    letters = some(3)
+    letters = [*some(2), a_letter(os.urandom(5000)), *some(1)]
     outbox.put(letters)
     with outbox.database.writing() as writing:
-        writing.execute("UPDATE outbox SET letter = x'c1' WHERE id = ?", (letters[0].id,))
+        writing.execute("UPDATE outbox SET letter = x'c1' WHERE seq = 1")
+        writing.execute("DELETE FROM outbox_blobs WHERE seq = 3")
     rounds(forwarder)
-    assert ids_of(everything(store)) == ids_of(letters[1:])
-    assert outbox.database.read("SELECT id FROM damaged") == [(letters[0].id,)]
+    assert ids_of(everything(store)) == [letters[1].id, letters[3].id]
+    assert outbox.database.read("SELECT id FROM damaged") == [(letters[0].id,), (letters[2].id,)]
+
+
+def test_that_the_store_took_it_writes_no_payload_anew(outbox):
+    """However large a letter is, to note that it has arrived writes some kilobytes."""
+    outbox.put([a_letter(os.urandom(4 << 20))])
+    log = f"{outbox.database.path}-wal"
+    before = os.stat(log).st_size  # noqa: PTH116
+    outbox.taken(outbox.next())
+    assert os.stat(log).st_size < before + 100_000  # noqa: PTH116
 
 
 def test_the_log_does_not_grow_for_ever(outbox):

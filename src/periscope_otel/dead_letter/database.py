@@ -52,8 +52,11 @@ LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
 
 LONGEST_LOG: Final = 1000
-"""Pages of the write-ahead log from which it is begun anew, where commits wait for the disk: one that writes
-over what was there before waits half as long as one that has the file grow."""
+"""Pages of the write-ahead log from which it is begun anew, where commits wait for the disk: one
+that writes over what was there before waits half as long as one that has the file grow."""
+
+LONG: Final = 3000
+"""Bytes of a blob from which it has a row of its own: with others it would not fit into a page."""
 
 _MOST_IDLE: Final = 8
 """Connections for reading that are kept for the next reader."""

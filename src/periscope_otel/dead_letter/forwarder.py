@@ -76,10 +76,11 @@ class Forwarder:
 
     def _check_again(self) -> bool:
         """Put once more what the store has forgotten, and let go of what it still has."""
-        letters = self._outbox.due()
+        due = self._outbox.due()
+        letters = self._outbox.read(due) if due else []
         if letters:
             answers = self._put(letters)  # a store that has one, or has done with it, says so
-            self._outbox.let_go([one for one in letters if answers[one.id] == "known"])
+            self._outbox.let_go([one for one in due if answers.get(one.id) == "known"])
             # What it had forgotten is as if it had been taken only now.
             self._outbox.taken([one for one in letters if answers[one.id] != "known"])
         return bool(letters)

@@ -1,8 +1,10 @@
 """Letters in a SQLite file: the embedded store, which needs no server.
 
 Each letter is a row: the encoded letter as it was put, and columns for what changes and for what
-one looks for. Counts are kept by triggers in the same transactions, so they are right at any time
-and cost the same with ten letters as with a million.
+one looks for. A letter that does not fit into a page with its row is in a table of its own: a
+change of a row writes all of it, and a change of state must not write megabytes anew. Counts are
+kept by triggers in the same transactions, so they are right at any time and cost the same with ten
+letters as with a million.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from periscope_otel.dead_letter.database import Database
+from periscope_otel.dead_letter.database import LONG, Database
 from periscope_otel.dead_letter.errors import DamagedLetterError, StoreError
 from periscope_otel.dead_letter.letter import Letter
 from periscope_otel.dead_letter.store import (
@@ -55,16 +57,17 @@ CREATE TABLE IF NOT EXISTS letters (
     error_type TEXT,
     same TEXT NOT NULL,             -- equal for the same payload under the same idempotency key
     failed_at REAL NOT NULL,
-    more_attempts INTEGER NOT NULL DEFAULT 0,
+    attempts INTEGER NOT NULL,
     replays INTEGER NOT NULL DEFAULT 0,
     leases INTEGER NOT NULL DEFAULT 0,      -- that ran out
     owner TEXT,                     -- of a claim, with its end and the state before it
     until REAL,
     before TEXT,
     size INTEGER NOT NULL,
-    letter BLOB NOT NULL,
+    letter BLOB,                    -- unless it is long
     latest BLOB                     -- its latest failure, if that is not the one in the letter
 ) STRICT;
+CREATE TABLE IF NOT EXISTS letter_blobs (seq INTEGER PRIMARY KEY, letter BLOB NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS letters_by_state ON letters (queue, state, seq);
 CREATE INDEX IF NOT EXISTS letters_by_age ON letters (queue, failed_at) WHERE state = 'dead';
 CREATE INDEX IF NOT EXISTS letters_by_fingerprint ON letters (queue, fingerprint, seq);
@@ -86,6 +89,7 @@ CREATE TRIGGER IF NOT EXISTS letters_removed AFTER DELETE ON letters BEGIN
         AND state = old.state AND feed = ifnull(old.feed, '') AND fingerprint = old.fingerprint;
     DELETE FROM totals WHERE queue = old.queue AND state = old.state
         AND feed = ifnull(old.feed, '') AND fingerprint = old.fingerprint AND letters = 0;
+    DELETE FROM letter_blobs WHERE seq = old.seq;
 END;
 CREATE TRIGGER IF NOT EXISTS letters_changed
 AFTER UPDATE OF state, fingerprint, size ON letters BEGIN
@@ -107,7 +111,10 @@ _CHUNK: Final = 500
 """Letters that one transaction changes, so that others get their turn."""
 
 _FAILURE: Final = "error_type = ?, fingerprint = ?, failed_at = ?, latest = ?"
-_ROW: Final = "letter, latest, state, revision, more_attempts, replays, seq"
+_ROW: Final = (
+    "ifnull(letter, (SELECT letter FROM letter_blobs AS blobs WHERE blobs.seq = letters.seq)), "
+    "latest, state, revision, attempts, replays, seq"
+)
 
 
 class SQLiteStore:
@@ -163,7 +170,7 @@ class SQLiteStore:
         same = payload_identity(letter)
         failure = (letter.error_type, letter.fingerprint, letter.last_failed_at)
         merged = writing.execute(
-            f"UPDATE letters SET {_FAILURE}, more_attempts = more_attempts + ?, "  # noqa: S608
+            f"UPDATE letters SET {_FAILURE}, attempts = attempts + ?, "  # noqa: S608
             "revision = revision + 1 WHERE seq = (SELECT seq FROM letters WHERE same = ? AND "
             "state <> 'claimed' AND queue = ? LIMIT 1)",
             (*failure, letter.latest(), letter.attempts, same, letter.queue),
@@ -171,14 +178,17 @@ class SQLiteStore:
         if merged.rowcount:
             self._remember(writing, [letter.id])
             return "merged"
-        writing.execute(
+        row = writing.execute(
             "INSERT INTO letters (id, queue, state, operation, feed, fingerprint, error_type, same,"
-            " failed_at, replays, size, letter) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            " failed_at, attempts, replays, size, letter) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (letter.id, letter.queue, resting_state(letter.state), letter.operation, letter.feed,
              letter.fingerprint, letter.error_type, same,
              letter.last_failed_at,
-             letter.replays, len(blob), blob),
+             letter.attempts, letter.replays, len(blob), blob if len(blob) < LONG else None),
         )  # fmt: skip
+        if len(blob) >= LONG:
+            writing.execute("INSERT INTO letter_blobs VALUES (?, ?)", (row.lastrowid, blob))
         return "stored"
 
     def get(self, letter_id: str, queue: str = "default") -> Letter | None:
@@ -282,7 +292,7 @@ class SQLiteStore:
         return self._settle(
             claim,
             f"UPDATE letters SET {_FAILURE}, replays = replays + 1, leases = 0, owner = NULL, "  # noqa: S608
-            "until = NULL, revision = revision + 1, more_attempts = more_attempts + ?, "
+            "until = NULL, revision = revision + 1, attempts = attempts + ?, "
             f"state = iif(replays + 1 >= {MOST_REPLAYS}, 'parked', 'dead')",
             *failure,
             max(0, failed.attempts - claim.letter.attempts),
@@ -368,19 +378,14 @@ def _end_leases(writing: Connection, queue: str, now: float) -> None:
 
 
 def _letter(row: Sequence[Any]) -> Letter:
-    blob, latest, state, revision, more_attempts, replays, _ = row
-    try:
-        letter = Letter.decode(blob)
-        if latest is not None:
-            letter = letter.with_latest(latest)
-        return letter.changed(
-            state=state,
-            revision=revision,
-            attempts=letter.attempts + more_attempts,
-            replays=replays,
-        )
-    except TypeError as error:  # in a damaged row a column may be of any type
-        raise DamagedLetterError(f"a row of letters is damaged: {error}") from None
+    blob, latest, state, revision, attempts, replays, seq = row
+    found = (blob, latest or b"", state, revision, attempts, replays)
+    if tuple(map(type, found)) != (bytes, bytes, str, int, int, int):
+        raise DamagedLetterError(f"row {seq} of the letters is damaged")
+    letter = Letter.decode(blob)
+    if latest is not None:
+        letter = letter.with_latest(latest)
+    return letter.changed(state=state, revision=revision, attempts=attempts, replays=replays)
 
 
 def _damage_of(row: Sequence[Any]) -> DamagedLetterError | None:
