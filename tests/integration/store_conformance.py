@@ -225,6 +225,29 @@ class StoreConformance:
         assert everything(store) == []
         assert ids_of(everything(store, Filter(queue="other"))) == [letter.id]
 
+    def test_missing_letters(self, store):
+        """Missing are the ids of which a store knows nothing, in the queue that is asked about."""
+        there, merged, gone, elsewhere = a_letter(b"x"), a_letter(b"x"), a_letter(), a_letter()
+        store.put([there, merged, gone, elsewhere.changed(queue="other")])
+        store.purge(Filter(ids=(gone.id,)), dry_run=False)
+        strangers = [_IDS.new() for _ in range(1200)]
+        asked = [there.id, strangers[0], merged.id, gone.id, elsewhere.id, *strangers[1:]]
+        assert sorted(store.missing(asked)) == sorted([*strangers, elsewhere.id])
+        assert store.missing([elsewhere.id, there.id], "other") == [there.id]
+        assert list(store.missing([])) == []
+
+    def test_the_same_id_in_two_queues(self, store):
+        """Queues know nothing of each other: a letter may be in each of them under one id."""
+        letter = a_letter()
+        other = letter.changed(queue="other", error_message="other")
+        assert store.put([letter, other, letter, other]) == [*["stored"] * 2, *["known"] * 2]
+        assert store.requeue(Filter()) == 1
+        (claim,) = store.claim("one", LEASE)
+        assert store.settle(claim)
+        assert store.get(letter.id) is None
+        assert store.get(letter.id, "other").error_message == "other"
+        assert store.put([letter, other]) == ["known", "known"]
+
     def test_putting_a_letter_twice_stores_it_once(self, store):
         """A letter that has been put before is known by its id, whatever else it says."""
         letter = a_letter()

@@ -11,6 +11,7 @@ import pytest
 from redis_servers import NoServerError, RedisServer
 
 from periscope_otel.dead_letter import Claim, Filter, StoreError, StoreFullError, open_store
+from periscope_otel.dead_letter.errors import RefusedError
 from periscope_otel.dead_letter.redis_store import RedisStore
 
 pytest.register_assert_rewrite("store_conformance")
@@ -171,6 +172,26 @@ def test_memory_for_a_letter_is_bounded(store: RedisStore, server: RedisServer) 
             store.put(letters[start : start + 50])
         taken = client.info("memory")["used_memory"] - before
     assert taken <= 1.25 * encoded + 1400 * len(letters)
+
+
+def test_a_refused_letter_is_told_from_an_unwell_server(
+    store: RedisStore, server: RedisServer, tmp_path: Path
+) -> None:
+    """What goes wrong with a letter is a RefusedError; what goes wrong with all of them is not."""
+    (letter,) = some(1)
+    with server.client as client:
+        client.set(f"periscope:{{default}}:l:{letter.id}", "no hash")
+    with pytest.raises(RefusedError):
+        store.put([letter])
+    assert store.put(some(1)) == ["stored"]
+    with RedisServer("redis", tmp_path) as own, RedisStore(own.url) as unwell:
+        for ill in (("REPLICAOF", "127.0.0.1", "1"), ("CONFIG", "SET", "requirepass", "x")):
+            with own.client as client:
+                client.execute_command(*ill)
+            unwell.close()
+            with pytest.raises(StoreError) as raised:
+                unwell.put(some(1))
+            assert not isinstance(raised.value, RefusedError)
 
 
 def test_a_damaged_letter_hides_no_other(store: RedisStore, server: RedisServer) -> None:

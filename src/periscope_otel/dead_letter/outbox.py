@@ -62,7 +62,20 @@ CREATE INDEX IF NOT EXISTS outbox_refused ON outbox (retry_at) WHERE retry_at IS
 CREATE INDEX IF NOT EXISTS outbox_taken ON outbox (taken_at) WHERE taken_at IS NOT NULL;
 -- Long ones, since a change of a row writes all of it anew.
 CREATE TABLE IF NOT EXISTS outbox_blobs (seq INTEGER PRIMARY KEY, letter BLOB NOT NULL) STRICT;
+-- How many wait, counted as they come and go.
+CREATE TABLE IF NOT EXISTS outbox_count (
+    one INTEGER PRIMARY KEY CHECK (one = 1), waiting INTEGER NOT NULL
+) STRICT;
+INSERT OR IGNORE INTO outbox_count VALUES (1, 0);
+CREATE TRIGGER IF NOT EXISTS outbox_added AFTER INSERT ON outbox BEGIN
+    UPDATE outbox_count SET waiting = waiting + 1;
+END;
+CREATE TRIGGER IF NOT EXISTS outbox_moved AFTER UPDATE OF taken_at ON outbox
+WHEN (old.taken_at IS NULL) <> (new.taken_at IS NULL) BEGIN
+    UPDATE outbox_count SET waiting = waiting + iif(new.taken_at IS NULL, 1, -1);
+END;
 CREATE TRIGGER IF NOT EXISTS outbox_removed AFTER DELETE ON outbox BEGIN
+    UPDATE outbox_count SET waiting = waiting - (old.taken_at IS NULL);
     DELETE FROM outbox_blobs WHERE seq = old.seq;
 END;
 -- What can no longer be read, for somebody to look at; it must not hold the others up.
@@ -230,9 +243,14 @@ class Outbox:
             writing.executemany("DELETE FROM outbox WHERE seq = ?", [(one.seq,) for one in kept])
 
     def waiting(self) -> Waiting:
-        """Return how many letters the store has not taken, and since when."""
+        """Return how many letters the store has not taken, and since when.
+
+        It costs the same however many there are.
+        """
         ((letters, oldest),) = self.database.read(
-            "SELECT count(*), min(put_at) FROM outbox WHERE taken_at IS NULL"
+            "SELECT waiting, "
+            "(SELECT put_at FROM outbox WHERE taken_at IS NULL ORDER BY seq LIMIT 1)"
+            " FROM outbox_count"
         )
         return Waiting(letters, oldest)
 

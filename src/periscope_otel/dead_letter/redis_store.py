@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
-from periscope_otel.dead_letter.errors import StoreError, StoreFullError
+from periscope_otel.dead_letter.errors import RefusedError, StoreError, StoreFullError
 from periscope_otel.dead_letter.letter import Letter
 from periscope_otel.dead_letter.store import (
     LONGEST_PAGE,
@@ -40,11 +40,19 @@ if TYPE_CHECKING:
 
     from periscope_otel.dead_letter.letter import State
 
-_SCRIPTS: Final = ("put", "list", "get", "change", "claim", "settle")
+_SCRIPTS: Final = ("put", "list", "get", "missing", "change", "claim", "settle")
 _LOOKED_AT: Final = 500
 """Letters that one script looks at, so that others get their turn."""
 _CHANGED: Final = 100
 """Letters that one script changes."""
+_UNWELL: Final = frozenset(
+    [
+        *("BUSY", "UNKILLABLE", "LOADING", "READONLY", "OOM", "MISCONF", "NOREPLICAS", "FAILOVER"),
+        *("MASTERDOWN", "CLUSTERDOWN", "CROSSSLOT", "TRYAGAIN", "MOVED", "ASK", "NOSCRIPT"),
+        *("NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "EXECABORT"),
+    ]
+)
+"""First words of answers that say nothing about what was asked, and all about the server."""
 _MOST_FACETS: Final = 1000
 
 _pack: Final = msgspec.msgpack.Encoder().encode
@@ -118,6 +126,14 @@ class RedisStore:
         """Return a letter by its id; see `Store`."""
         found = self._run("get", queue, letter_id)
         return _letter(found[0]) if found else None
+
+    def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
+        """Return those ids of which nothing is known; see `Store`."""
+        missing: list[str] = []
+        for start in range(0, len(ids), _LOOKED_AT):
+            found = self._run("missing", queue, *ids[start : start + _LOOKED_AT])
+            missing += [one.decode() for one in found]
+        return missing
 
     def list(
         self,
@@ -298,9 +314,21 @@ class RedisStore:
             with self._link.quiet() as client:
                 yield client
         except errors() as error:
-            full = type(error).__name__ == "OutOfMemoryError"
-            kind = StoreFullError if full else StoreError
+            kind = _kind_of(error)
             raise kind(f"{self.url}: {type(error).__name__}: {error}") from error
+
+
+def _kind_of(error: BaseException) -> type[StoreError]:
+    """Return what an error of redis-py means: no memory, an unwell store, or a refused letter."""
+    name = type(error).__name__
+    if name == "OutOfMemoryError":
+        return StoreFullError
+    text = str(error)
+    about_this = name == "DataError" or (
+        name == "ResponseError" and text.split(" ", 1)[0] not in _UNWELL
+        and not text.startswith(("unknown command", "max number of clients"))
+    )  # fmt: skip
+    return RefusedError if about_this else StoreError
 
 
 def _source(name: str) -> str:

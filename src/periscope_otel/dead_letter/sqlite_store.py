@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS letters (
     seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    id TEXT NOT NULL UNIQUE,
+    id TEXT NOT NULL,
     queue TEXT NOT NULL,
     state TEXT NOT NULL,
     revision INTEGER NOT NULL DEFAULT 1,
@@ -65,7 +65,8 @@ CREATE TABLE IF NOT EXISTS letters (
     before TEXT,
     size INTEGER NOT NULL,
     letter BLOB,                    -- unless it is long
-    latest BLOB                     -- its latest failure, if that is not the one in the letter
+    latest BLOB,                    -- its latest failure, if that is not the one in the letter
+    UNIQUE (id, queue)
 ) STRICT;
 CREATE TABLE IF NOT EXISTS letter_blobs (seq INTEGER PRIMARY KEY, letter BLOB NOT NULL) STRICT;
 CREATE INDEX IF NOT EXISTS letters_by_state ON letters (queue, state, seq);
@@ -103,7 +104,9 @@ AFTER UPDATE OF state, fingerprint, size ON letters BEGIN
 END;
 
 -- Letters that are done, so that one which comes late from somewhere does not come back.
-CREATE TABLE IF NOT EXISTS removed (id TEXT PRIMARY KEY, until REAL NOT NULL) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS removed (
+    id TEXT, queue TEXT, until REAL NOT NULL, PRIMARY KEY (id, queue)
+) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS removed_by_time ON removed (until);
 """
 
@@ -162,8 +165,9 @@ class SQLiteStore:
 
     def _put(self, writing: Connection, letter: Letter, blob: bytes) -> Put:
         known = writing.execute(
-            "SELECT 1 FROM letters WHERE id = ?1 UNION ALL SELECT 1 FROM removed WHERE id = ?1",
-            (letter.id,),
+            "SELECT 1 FROM letters WHERE id = ?1 AND queue = ?2 "
+            "UNION ALL SELECT 1 FROM removed WHERE id = ?1 AND queue = ?2",
+            (letter.id, letter.queue),
         ).fetchone()
         if known:
             return "known"
@@ -176,7 +180,7 @@ class SQLiteStore:
             (*failure, letter.latest(), letter.attempts, same, letter.queue),
         )
         if merged.rowcount:
-            self._remember(writing, [letter.id])
+            self._remember(writing, letter.queue, [letter.id])
             return "merged"
         row = writing.execute(
             "INSERT INTO letters (id, queue, state, operation, feed, fingerprint, error_type, same,"
@@ -196,6 +200,16 @@ class SQLiteStore:
         query = f"SELECT {_ROW} FROM letters WHERE id = ? AND queue = ?"  # noqa: S608
         rows = self.database.read(query, (letter_id, queue))
         return _letter(rows[0]) if rows else None
+
+    def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
+        """Return those ids of which nothing is known; see `Store`."""
+        rows = self.database.read(
+            "SELECT value FROM json_each(?1) AS asked "
+            "WHERE NOT EXISTS (SELECT 1 FROM letters WHERE id = asked.value AND queue = ?2) "
+            "AND NOT EXISTS (SELECT 1 FROM removed WHERE id = asked.value AND queue = ?2)",
+            (_as_json(ids), queue),
+        )
+        return [letter_id for (letter_id,) in rows]
 
     def list(
         self,
@@ -320,7 +334,7 @@ class SQLiteStore:
                     "ORDER BY seq LIMIT ?) RETURNING id",
                     (*values, _CHUNK),
                 ).fetchall()
-                self._remember(writing, [letter_id for (letter_id,) in gone])
+                self._remember(writing, where.queue, [letter_id for (letter_id,) in gone])
             removed += len(gone)
             if len(gone) < _CHUNK:
                 return removed
@@ -352,18 +366,20 @@ class SQLiteStore:
         letter = claim.letter
         with self.database.writing() as writing:
             held = writing.execute(
-                f"{statement} WHERE id = ? AND state = 'claimed' AND owner = ? AND revision = ?",
-                (*values, letter.id, claim.owner, letter.revision),
+                f"{statement} WHERE id = ? AND queue = ? AND state = 'claimed' AND owner = ? "
+                "AND revision = ?",
+                (*values, letter.id, letter.queue, claim.owner, letter.revision),
             ).rowcount
             if held and removes:
-                self._remember(writing, [letter.id])
+                self._remember(writing, letter.queue, [letter.id])
         return bool(held)
 
-    def _remember(self, writing: Connection, ids: Sequence[str]) -> None:
+    def _remember(self, writing: Connection, queue: str, ids: Sequence[str]) -> None:
         now = self._clock()
         writing.execute("DELETE FROM removed WHERE until < ?", (now,))
         writing.executemany(
-            "INSERT OR REPLACE INTO removed VALUES (?, ?)", [(one, now + REMEMBERED) for one in ids]
+            "INSERT OR REPLACE INTO removed VALUES (?, ?, ?)",
+            [(one, queue, now + REMEMBERED) for one in ids],
         )
 
 
@@ -402,7 +418,7 @@ def _conditions(where: Filter) -> tuple[str, tuple[Any, ...]]:
     values: list[Any] = [where.queue, *where.states]
     if where.ids is not None:
         terms.append("id IN (SELECT value FROM json_each(?))")  # any number of them
-        values.append(msgspec.json.encode(where.ids).decode())
+        values.append(_as_json(where.ids))
     for column, value in (
         ("feed = ?", where.feed),
         ("operation = ?", where.operation),
@@ -415,6 +431,10 @@ def _conditions(where: Filter) -> tuple[str, tuple[Any, ...]]:
             terms.append(column)
             values.append(value)
     return " AND ".join(terms), tuple(values)
+
+
+def _as_json(ids: Sequence[str]) -> str:
+    return msgspec.json.encode(ids).decode()
 
 
 def _is_in(column: str, values: Sequence[object]) -> str:

@@ -107,7 +107,10 @@ class Claim(NamedTuple):
 
 
 class Store(Protocol):
-    """Keeps letters. Every method raises StoreError where the store cannot be used."""
+    """Keeps letters. Every method raises StoreError where the store cannot be used.
+
+    One that is well, but does not take what it is given, raises a RefusedError, which is one, too.
+    """
 
     url: str
     """Where it is, without secrets."""
@@ -125,6 +128,10 @@ class Store(Protocol):
 
     def get(self, letter_id: str, queue: str = "default") -> Letter | None:
         """Return a letter by its id; None if there is none."""
+        ...
+
+    def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
+        """Return those ids of which the store knows nothing: neither there nor removed lately."""
         ...
 
     def list(
