@@ -34,11 +34,13 @@ def telemetry_is_left_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def dead_letters_stay_in_the_test(tmp_path_factory, monkeypatch) -> Iterator[None]:
+def dead_letters_stay_in_the_test(tmp_path_factory) -> Iterator[None]:
     """Keep the dead letters of a test, and of programs that it starts, out of the user's folder."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
-    yield
-    in_use.configure(None)
+    # Not by the fixture `monkeypatch`: what a test does with that would be undone too late.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+        yield
+        in_use.configure(None)
 
 
 def pytest_configure() -> None:

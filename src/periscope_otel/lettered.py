@@ -8,6 +8,7 @@ the call returns.
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -17,13 +18,15 @@ from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use
 from periscope_otel.dead_letter.names import queue_name
 from periscope_otel.dead_letter.replaying import REPLAYING
+from periscope_otel.dead_letter.threads import in_a_thread, submit
 from periscope_otel.operation import Operation
+from periscope_otel.redaction import clean_name, redact
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.letter_counts import letter_counts
-from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from concurrent.futures import Future
 
     from opentelemetry.util.types import AttributeValue
 
@@ -39,6 +42,12 @@ ITEMS: Final = "items"
 MOST_HELD: Final = 1000
 """Failed items that one operation holds until it settles."""
 MOST_BYTES_HELD: Final = 8 << 20
+"""Bytes that more than one of them may take together."""
+
+_MOST_SPILLS: Final = 4
+"""Batches of letters that wait to be written beside a coroutine; then it writes them itself."""
+
+_LONGEST_HEADER: Final = 1000
 
 _ITEM_EVENTS: Final = 8
 """Item letters that the span names; it counts all."""
@@ -72,8 +81,7 @@ class _FailedItem(NamedTuple):
 
     encoded: Encoded
     cause: Cause
-    value: object
-    """Asked for its marking only."""
+    tlp: str | None
 
 
 def policy_of(
@@ -103,7 +111,7 @@ def policy_of(
         if value is not None and not callable(value):
             raise TypeError(f"{what}= takes a callable, not {type(value).__name__}")
     queue = "default" if dead_letter is True or dead_letter == ITEMS else queue_name(dead_letter)
-    in_use.wanted = True
+    in_use.want(queue)
     return LetterPolicy(queue, dead_letter == ITEMS, payload, key, journal, rejected)
 
 
@@ -134,20 +142,23 @@ class LetteredOperation(Operation):
         self._call = call
         self._bind = bind
         self._closed = False
+        self._pid = os.getpid()
         self._letter_id: str | None = None
-        self._key: str | None = None
+        self._key_asked_for = False
         self._encoded: Encoded | None = None
         self._in_journal = False
         self._was_journalled = False
         self._returned_failure: object = None
         self._selected: object = _NOTHING
-        self._holding = threading.Lock()
+        self._holding = threading.RLock()  # a signal handler's item may come while it is held
         self._held: list[_FailedItem] = []
         self._held_bytes = 0
         self._spilt = 0
         self._too_many = False
+        self._payload_told = False
         self._ready: list[Letter] = []
         self._done_with: list[str] = []
+        self._spills: list[Future[None]] = []
         replaying = REPLAYING.get()
         self._replay: Replaying | None = (
             replaying if replaying is not None and replaying.takes(name) else None
@@ -166,16 +177,18 @@ class LetteredOperation(Operation):
         """
         if self._replay is not None:
             return self._replay.key
-        if self._key is None:
+        key = self._known_key()
+        if not key:
             from periscope_otel.dead_letter.identity import content_key
 
             content = hashlib.sha256(self._payload().payload).digest()
-            self._key = self._own_key() or content_key(self.name, self.feed, content)
-        return self._key
+            self._key = key = content_key(self.name, self.feed, content)
+        return key
 
     @idempotency_key.setter
     def idempotency_key(self, key: str) -> None:
-        self._key = key
+        # Half a character in it would keep the letter from being written.
+        self._key = str(key).encode(errors="replace").decode()
 
     def failed(
         self, item: object = None, error: BaseException | None = None, *, count: int = 1
@@ -183,12 +196,13 @@ class LetteredOperation(Operation):
         """Count items that could not be ingested, and keep `item` for a dead letter.
 
         Args:
-            item: The item; it is encoded now, and written when the operation settles.
+            item: The item; it is encoded now, and written when the operation settles. One that
+                comes later, or from the child of a fork, is written at once.
             error: Why.
             count: How many items this is about.
         """
         super().failed(item, error, count=count)
-        if item is not None and self.outcome is None and in_use.enabled:
+        if item is not None and in_use.enabled:
             with guard.contained("dead letter item"):
                 self._hold(item, error)
 
@@ -201,23 +215,33 @@ class LetteredOperation(Operation):
 
     @property
     def letters_waiting(self) -> bool:
-        """Whether `deliver` has something to do."""
-        return bool(self._ready or self._done_with)
+        """Whether a coroutine has to await `deliver`; not where another thread settles it."""
+        return self.in_coroutine and self._has_letters
 
     @property
     def journal_waiting(self) -> bool:
         """Whether the payload is yet to be written down, before the first attempt."""
-        return self._policy.journal and not self._was_journalled and self._replay is None
+        return (
+            self._policy.journal
+            and not self._was_journalled
+            and self._replay is None
+            and self._is_ours
+        )
 
     def enter(self) -> None:
         """Make this the current operation; the payload is in the journal before that."""
         if self.journal_waiting and not self.in_coroutine:
-            self._write_journal()
+            self._was_journalled = True
+            with guard.contained("journal"):
+                self._write_journal(self._journal_letter())
         super().enter()
 
     async def write_journal(self) -> None:
         """Write the payload down without holding the event loop up."""
-        await _in_a_thread(self._write_journal)
+        self._was_journalled = True
+        with guard.contained("journal"):
+            letter = self._journal_letter()  # here: other tasks may change what it is made of
+            await in_a_thread(lambda: self._write_journal(letter))
 
     def finish(self) -> None:
         """Leave and settle an operation that raised nothing."""
@@ -233,9 +257,8 @@ class LetteredOperation(Operation):
     ) -> None:
         """End the operation once, and write its letters."""
         super().settle(failure, error, ended_at=ended_at)
-        if not self.in_coroutine and self.letters_waiting:
-            with guard.contained("dead letter"):
-                self._deliver()
+        if not self.in_coroutine and self._has_letters:
+            self._deliver()
 
     def settle_later(
         self, failure: Failure | None = None, error: BaseException | None = None
@@ -252,9 +275,18 @@ class LetteredOperation(Operation):
     async def deliver(self) -> None:
         """Write the letters without holding the event loop up."""
         with guard.contained("dead letter"):
-            await _in_a_thread(self._deliver)
+            await in_a_thread(self._deliver)
 
     # Making letters.
+
+    @property
+    def _is_ours(self) -> bool:
+        """Whether it began in this process: in the child of a fork it is the parent's."""
+        return self._pid == os.getpid()
+
+    @property
+    def _has_letters(self) -> bool:
+        return bool(self._ready or self._done_with or self._spills) and self._is_ours
 
     def _closing(self, outcome: str, failure: Failure | None, error: BaseException | None) -> None:
         with guard.contained("dead letter"):
@@ -266,6 +298,8 @@ class LetteredOperation(Operation):
 
     def _decide(self, outcome: str, failure: Failure | None, error: object) -> None:
         """Make the letters that this end asks for."""
+        if not self._is_ours:
+            return
         with self._holding:
             self._closed = True
         if self._replay is not None:
@@ -277,33 +311,40 @@ class LetteredOperation(Operation):
         else:
             self._close_succeeded()
         self._held = []
+        self._returned_failure = None  # or its traceback would refer to this, and this to it
 
     def _becomes_letter(self, outcome: str) -> bool:
         if outcome in _FAILED:
             return True
         if outcome == "rejected":
-            return self._policy.rejected or self._in_journal
-        return outcome == "cancelled" and self._in_journal
+            return self._policy.rejected or self._was_journalled
+        return outcome == "cancelled" and self._was_journalled
 
     def _close_failed(self, outcome: str, failure: Failure | None, error: object) -> None:
-        if self._policy.items and (self._held or self._spilt):
+        failed_items = bool(self._held or self._spilt)
+        items_alone = self._policy.items and (failed_items or self._has_no_payload)
+        if not items_alone:
+            error_type = None if failure is None else failure.error_type
+            retry_after = None if failure is None else failure.retry_after
+            self._put_payload(self._cause(error_type or outcome, error, retry_after))
+        if self._held and not self._payload_told:
             self._put_items()
+        if items_alone:
             self._leave_journal()
-            return
-        error_type = None if failure is None else failure.error_type
-        retry_after = None if failure is None else failure.retry_after
-        self._put_payload(self._cause(error_type or outcome, error, retry_after))
 
     def _close_succeeded(self) -> None:
-        if self._too_many and not self._policy.items:
+        if self._too_many:
             # More items failed than can be held: the payload has them all.
-            last = self._held[-1].cause
-            told = f"{self.items.failed} items failed, the last one: {last.message}"
-            self._put_payload(last._replace(message=told))
+            self._put_payload(self._cause_of_too_many())
             return
         if self._held:
             self._put_items()
         self._leave_journal()
+
+    def _cause_of_too_many(self) -> Cause:
+        last = self._held[-1].cause
+        told = f"{self.items.failed} items failed, the last one: {last.message}"
+        return last._replace(message=told)
 
     def _close_replay(self, outcome: str, failure: Failure | None, error: object) -> None:
         """Tell the replay how its letter fared; what has failed in it keeps its letter."""
@@ -315,6 +356,9 @@ class LetteredOperation(Operation):
             error_type = None if failure is None else failure.error_type
             retry_after = None if failure is None else failure.retry_after
             replay.cause = self._cause(error_type or outcome, error, retry_after)
+            return
+        if self._too_many:
+            replay.cause = self._cause_of_too_many()
             return
         from periscope_otel.dead_letter.store import payload_identity
 
@@ -328,13 +372,17 @@ class LetteredOperation(Operation):
         from periscope_otel.dead_letter.draft import letter_of
 
         letter = letter_of(
-            self._origin(), self._payload(), cause, value=self._value(),
-            letter_id=self._id(), key=self._key or self._own_key(),
+            self._origin(), self._payload(), cause, tlp=self._marking(),
+            letter_id=self._id(), key=self._known_key(),
         )  # fmt: skip
+        self._payload_told = letter.replayable
         self._add([letter])
 
     def _put_items(self) -> None:
-        self._add(self._item_letters())
+        letters = self._item_letters()
+        self._add(letters)
+        with self._holding:
+            self._spilt += len(letters)
 
     def _item_letters(self) -> list[Letter]:
         return self._letters_of(self._held, self._spilt)
@@ -345,7 +393,7 @@ class LetteredOperation(Operation):
         origin, batch = self._origin(), self._id()
         return [
             letter_of(
-                origin, one.encoded, one.cause, value=one.value,
+                origin, one.encoded, one.cause, tlp=one.tlp,
                 batch_id=batch, item_index=first + index,
             )
             for index, one in enumerate(items)
@@ -362,49 +410,68 @@ class LetteredOperation(Operation):
                 {names.DEAD_LETTER_ID: letter.id, names.DEAD_LETTER_QUEUE: letter.queue},
             )
         attributes: dict[str, AttributeValue] = {
-            names.DEAD_LETTER_COUNT: self._spilt + len(letters)
+            names.DEAD_LETTER_COUNT: self._spilt + len(self._ready)
         }
         self.span.set_attributes(attributes)
 
     def _hold(self, item: object, error: BaseException | None) -> None:
         from periscope_otel.dead_letter.codecs import encode_item
+        from periscope_otel.dead_letter.tlp import tlp_of
         from periscope_otel.failure import classify
 
-        encoded = encode_item(item)
         failure = None if error is None else classify(error)
         cause = self._cause(
             None if failure is None else failure.error_type,
             error,
             None if failure is None else failure.retry_after,
         )
-        held = _FailedItem(encoded, cause, item)
-        with self._holding:
-            late = self._closed
-            if not late:
-                spilt, first = self._make_room(len(encoded.payload)), self._spilt
-                self._held.append(held)
-                self._spilt += len(spilt)
-        if late:  # by a thread that outlived the operation
+        held = _FailedItem(encode_item(item), cause, tlp_of(item))
+        if not self._is_ours:  # nor may its lock be taken, which a thread of the parent may have
             _put(self._letters_of([held], 0))
-        elif spilt:
+            return
+        with self._holding:
+            late, first = self._closed, self._spilt
+            spilt = [held] if late else self._make_room(len(held.encoded.payload))
+            self._spilt += len(spilt)
+            if not late:
+                self._held.append(held)
+        if not spilt or (late and self._payload_told):
+            return
+        if late or not self._payload_can_stand_for_items():
             self._spill(self._letters_of(spilt, first))
 
     def _make_room(self, size: int) -> Sequence[_FailedItem]:
-        """Return what has to be written now for one more item to be held; mostly nothing."""
+        """Return what can no longer be held with one more item; mostly nothing."""
         self._held_bytes += size
-        if len(self._held) < MOST_HELD and self._held_bytes <= MOST_BYTES_HELD:
+        within = len(self._held) < MOST_HELD and self._held_bytes <= MOST_BYTES_HELD
+        if within or not self._held:
             return ()
         held, self._held, self._held_bytes = self._held, [], size
+        return held
+
+    def _payload_can_stand_for_items(self) -> bool:
+        """Whether the payload becomes the letter of all failed items; noted if so."""
         if self._policy.items or self._call.function is None:
-            return held  # they will be letters in any case
-        self._too_many = True  # the payload has to stand for them all
-        return ()
+            return False  # they will be letters in any case
+        if self._payload().not_replayable_because is not None:
+            return False
+        with self._holding:
+            if self._closed:
+                return self._payload_told
+            self._too_many = True
+        return True
 
     def _spill(self, letters: Sequence[Letter]) -> None:
-        if self.in_coroutine:
-            worker.post(lambda: _put(letters))
-        else:
+        """Write letters before the operation has settled, or after."""
+        if not self.in_coroutine:
             _put(letters)
+            return
+        if sum(not one.done() for one in self._spills) >= _MOST_SPILLS:
+            _put(letters)  # it fails faster than the disk takes it
+            return
+        future = submit(lambda: _put_contained(letters))
+        if future is not None:
+            self._spills.append(future)
 
     def _cause(self, error_type: str | None, error: object, retry_after: float | None) -> Cause:
         from periscope_otel.dead_letter.draft import cause_of
@@ -415,7 +482,7 @@ class LetteredOperation(Operation):
         from periscope_otel.dead_letter.draft import Origin
 
         carried = {
-            name: str(value)
+            name: redact(clean_name(value, _LONGEST_HEADER))
             for name in in_use.options.headers
             if (value := baggage.get_baggage(name, self.context)) is not None
         }
@@ -440,26 +507,49 @@ class LetteredOperation(Operation):
         from periscope_otel.dead_letter.codecs import encode_arguments, encode_selected
 
         function, args, kwargs = self._call
-        if self._policy.payload is not None:
-            selected = self._value()
-            if selected is not _NOTHING:
-                return encode_selected(selected, function)
+        if self._has_no_payload:
+            nothing = encode_selected(None, None)
+            return nothing._replace(not_replayable_because="no payload was given")
+        selected = self._selection()
+        if selected is not _NOTHING:
+            return encode_selected(selected, function)
         if function is None:
             return encode_selected(None, None)
         return encode_arguments(function, args, kwargs)
 
-    def _value(self) -> object:
-        """Return what the payload is made of: what `payload=` selects, or all arguments."""
+    @property
+    def _has_no_payload(self) -> bool:
+        """Whether it is a block that was not told what it works on."""
+        return self._call.function is None and self._policy.payload is None
+
+    def _selection(self) -> object:
+        """Return what `payload=` selects; `_NOTHING` without one, or if it raises."""
         select = self._policy.payload
-        if select is None:
-            by_place: dict[object, object] = dict(enumerate(self._call.args))
-            return by_place | dict(self._call.kwargs)
-        if self._selected is _NOTHING:
+        if select is not None and self._selected is _NOTHING:
             try:
                 self._selected = select(self._bind() or {})
             except Exception as error:  # noqa: BLE001  (nothing is lost: all arguments are kept)
                 guard.warn("payload", "payload= raised %s", type(error).__name__)
         return self._selected
+
+    def _marking(self) -> str | None:
+        """Return the TLP marking of the payload."""
+        from periscope_otel.dead_letter.tlp import tlp_of
+
+        selected = self._selection()
+        if selected is not _NOTHING:
+            return tlp_of(selected)
+        bound = self._bind() or {}
+        return tlp_of([one for name, one in bound.items() if name not in ("self", "cls")])
+
+    def _known_key(self) -> str | None:
+        """Return what was set as the key, or else what the caller's `idempotency_key=` says."""
+        if self._key is None and not self._key_asked_for:
+            self._key_asked_for = True  # once: it may say something else the next time
+            key = self._own_key()
+            if key is not None:
+                self.idempotency_key = key
+        return self._key
 
     def _own_key(self) -> str | None:
         """Return what the caller's `idempotency_key=` says."""
@@ -474,52 +564,59 @@ class LetteredOperation(Operation):
 
     # The journal, and writing.
 
-    def _write_journal(self) -> None:
-        self._was_journalled = True
-        with guard.contained("journal"):
-            box = in_use.box() if in_use.enabled else None
-            if box is not None:
-                from periscope_otel.dead_letter.draft import letter_of
+    def _journal_letter(self) -> Letter | None:
+        from periscope_otel.dead_letter.draft import letter_of
 
-                letter = letter_of(
-                    self._origin(), self._payload(), None, value=self._value(),
-                    letter_id=self._id(), key=self._key or self._own_key(),
-                )  # fmt: skip
-                self._in_journal = box.journal(letter)
+        if not in_use.enabled:
+            return None
+        return letter_of(
+            self._origin(), self._payload(), None, tlp=self._marking(),
+            letter_id=self._id(), key=self._known_key(),
+        )  # fmt: skip
+
+    def _write_journal(self, letter: Letter | None) -> None:
+        if letter is None:
+            return
+        with guard.contained("journal"):
+            box = in_use.box()
+            kept = box.journal(letter)
+            with self._holding:
+                self._in_journal = kept
+                late = self._closed
+            if late:  # cancelled meanwhile, and settled with a letter of its own
+                box.forget([letter.id])
 
     def _leave_journal(self) -> None:
         if self._in_journal:
             self._done_with.append(self._id())
 
     def _deliver(self) -> None:
-        letters, self._ready = self._ready, []
-        done_with, self._done_with = self._done_with, []
-        _put(letters, journalled=self._in_journal)
-        box = in_use.box() if done_with else None
-        if box is not None:
-            box.forget(done_with)
+        """Write everything that is ready, and wait for what is on its way."""
+        with self._holding:
+            letters, self._ready = self._ready, []
+            done_with, self._done_with = self._done_with, []
+            spills, self._spills = self._spills, []
+        for spill in spills:
+            spill.exception()
+        _put_contained(letters, journalled=self._was_journalled)
+        if done_with:
+            with guard.contained("journal"):
+                in_use.box().forget(done_with)
+
+
+def _put_contained(letters: Sequence[Letter], *, journalled: bool = False) -> None:
+    with guard.contained("dead letter"):
+        _put(letters, journalled=journalled)
 
 
 def _put(letters: Sequence[Letter], *, journalled: bool = False) -> None:
     if not letters:
         return
-    box = in_use.box()
-    if box is not None:
-        box.put(letters, journalled=journalled)
-        return
-    from periscope_otel.dead_letter.queue import lose
-
-    for letter in letters:
-        lose(letter, "folder", "the folder of dead letters cannot be used", in_use.options.on_lost)
-
-
-async def _in_a_thread(run: Callable[[], None]) -> None:
-    """Run `run` in a thread where asyncio runs; a cancellation does not interrupt it."""
-    import asyncio
-
     try:
-        asyncio.get_running_loop()
-    except RuntimeError:  # another library's event loop
-        run()
-        return
-    await asyncio.shield(asyncio.to_thread(run))
+        in_use.box().put(letters, journalled=journalled)
+    except Exception:
+        from periscope_otel.dead_letter.queue import lose
+
+        for letter in letters:
+            lose(letter, "internal", "an error of the plugin's own", in_use.options.on_lost)
+        raise

@@ -17,7 +17,7 @@ from opentelemetry.trace import SpanKind
 from periscope_otel import guard
 from periscope_otel.lettered import policy_of
 from periscope_otel.registry import register
-from periscope_otel.scope import CallSite, failure_of, finish_raised, told_of
+from periscope_otel.scope import CallSite, failure_of, finish_raised, told_of, written_down
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -297,7 +297,7 @@ def _wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Calla
         inner = function(*args, **kwargs)
         operation, _keeper = _begin_generator(site, args, kwargs)
         if operation.journal_waiting:
-            await operation.write_journal()
+            await written_down(operation)
         step: Callable[[Any], Awaitable[Any]] = functools.partial(_first_step, inner)
         sent: Any = None
         closing = False

@@ -105,6 +105,7 @@ class Operation:
     _suspended_at: float = 0.0
     _resume_in: Operation | None = None
     _consumer_seconds: float | None = None
+    _key: str | None = None
 
     def __init__(self, name: str, feed: str | None) -> None:
         self.name = name
@@ -118,9 +119,18 @@ class Operation:
 
     @property
     def idempotency_key(self) -> str | None:
-        """In the replay of a dead letter what its payload is known by; see `LetteredOperation`."""
+        """What the payload is known by, on each try of it; None without dead letters, unless set.
+
+        In the replay of a dead letter it is the letter's. Give it to whatever stores the payload,
+        and a payload that comes twice is stored once.
+        """
         replaying = REPLAYING.get()
-        return None if replaying is None else replaying.key
+        return self._key if replaying is None else replaying.key
+
+    @idempotency_key.setter
+    def idempotency_key(self, key: str) -> None:
+        # Half a character in it would keep the letter from being written.
+        self._key = str(key).encode(errors="replace").decode()
 
     @property
     def items(self) -> ItemAccount:
@@ -345,10 +355,11 @@ class Operation:
                 or self._consumer_seconds is not None
             ):
                 outcome, error_type = self._describe(failure, error)
-            self._closing(outcome, failure or self._failure, error)
         except Exception as own_error:  # noqa: BLE001
             guard.report("operation.settle", own_error)
-            outcome, error_type = ("ok", None) if failure is None else (failure.outcome, None)
+            known = failure or self._failure
+            outcome, error_type = ("ok", None) if known is None else (known.outcome, None)
+        self._closing(outcome, failure or self._failure, error)  # whatever came of the span
         self.outcome = outcome
         # The context refers to this operation: without the circle it is freed at once.
         self.context = None

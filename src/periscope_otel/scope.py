@@ -22,6 +22,7 @@ from periscope_otel.operation import (
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attributes, clean_label
 from periscope_otel.telemetry.current import current, discover
+from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -136,6 +137,8 @@ class CallSite:
             self._name, self._feed, self._letters, call, lambda: self._bind(args, kwargs or {})
         )
         operation.in_coroutine = self.in_coroutine
+        with guard.contained("worker start"):
+            worker.start()  # a finaliser may end it, and may not start a thread
         return operation
 
     def _start(
@@ -246,6 +249,17 @@ def finish_raised(operation: Operation, error: BaseException) -> None:
         operation.settle(failure_of(error), error)
 
 
+async def written_down(operation: Operation) -> None:
+    """Write the payload of an operation down that is not entered yet."""
+    try:
+        await operation.write_journal()
+    except BaseException as error:  # cancelled: nothing else would settle it
+        finish_raised(operation, error)
+        if operation.letters_waiting:
+            await operation.deliver()
+        raise
+
+
 class OperationBlock:
     """What `operation(...)` returns: a context manager, sync and async, usable once."""
 
@@ -286,7 +300,7 @@ class OperationBlock:
         self._site.in_coroutine = True
         operation = self._prepare()
         if operation.journal_waiting:
-            await operation.write_journal()
+            await written_down(operation)
         operation.enter()
         return operation
 

@@ -125,11 +125,13 @@ def test_everything_in_memory_is_written_out_at_the_end(tmp_path):
     assert (queue.lost, queue.store.stats().total) == (0, 300)
 
 
-def test_what_cannot_be_written_down_is_lost_loudly(tmp_path):
-    """Half a character in a text reaches neither the file nor the caller."""
+def test_half_a_character_does_not_keep_a_letter_from_being_written(tmp_path):
+    """Half a character in a text is replaced, rather than the letter lost."""
     with DeadLetterQueue(tmp_path) as queue:
-        assert queue.put([a_letter(host="\ud800")]) == "lost"
-        assert queue.lost == 1
+        good = a_letter()
+        assert queue.put([a_letter(host="\ud800"), good]) == "disk"
+        hosts = {one.id: one.host for one in everything(queue.store)}
+        assert (queue.lost, sorted(hosts.values())) == (0, sorted(["?", good.host]))
 
 
 def test_a_file_held_by_others_is_waited_for_shortly(tmp_path):

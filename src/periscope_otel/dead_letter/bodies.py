@@ -116,7 +116,7 @@ class BodyFiles:
 
     def _write(self, name: str, body: bytes) -> None:
         path = self.folder / name
-        if path.exists():
+        if path.exists() and path.stat().st_size == len(body):  # else it is damaged
             os.utime(path)  # in use again
             return
         self.folder.mkdir(mode=0o700, exist_ok=True)

@@ -14,7 +14,6 @@ from opentelemetry.trace import INVALID_SPAN_CONTEXT, SpanContext
 
 from periscope_otel.dead_letter.identity import LetterIds, content_key, fingerprint
 from periscope_otel.dead_letter.letter import Letter, pack
-from periscope_otel.dead_letter.tlp import tlp_of
 from periscope_otel.failure import message_of, stack_text
 from periscope_otel.redaction import clean_name, redact
 from periscope_otel.version import __version__
@@ -85,7 +84,7 @@ def letter_of(
     encoded: Encoded,
     cause: Cause | None,
     *,
-    value: object = None,
+    tlp: str | None = None,
     letter_id: str | None = None,
     key: str | None = None,
     batch_id: str | None = None,
@@ -97,7 +96,7 @@ def letter_of(
         origin: Where it comes from.
         encoded: The payload.
         cause: Why it failed; None as long as it has not.
-        value: What the payload was made of, to be asked for its marking.
+        tlp: The marking of the payload.
         letter_id: A new one by default.
         key: The caller's idempotency key; of the content by default.
         batch_id: What the item letters of one operation have in common.
@@ -122,7 +121,7 @@ def letter_of(
         host=host_name(),
         pid=os.getpid(),
         versions=_versions(),
-        tlp=tlp_of(value),
+        tlp=tlp,
         batch_id=batch_id,
         item_index=item_index,
         **{"last_failed_at": now, **packed, **traced, **failed},

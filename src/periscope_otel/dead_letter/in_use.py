@@ -10,12 +10,14 @@ import atexit
 import os
 import threading
 import time
+from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from periscope_otel import guard
-from periscope_otel.settings import load
+from periscope_otel.settings import PREFIX, SettingsError, load
+from periscope_otel.telemetry.letter_counts import letter_counts
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
 
 _TRY_AGAIN: Final = 5.0
 """Seconds after which a queue that could not be opened is tried again."""
+
+MOST_WAITING: Final = 1000
+"""Letters that wait in memory until the queue can be opened."""
+MOST_BYTES_WAITING: Final = 64 << 20
 
 
 class LetterBox(Protocol):
@@ -54,7 +60,7 @@ class LetterBox(Protocol):
 class Options(NamedTuple):
     """Where this process's letters go."""
 
-    folder: Path
+    data_dir: Path | None
     redis_url: str | None
     largest_file: int
     largest_inline: int
@@ -62,11 +68,20 @@ class Options(NamedTuple):
     enabled: bool
     on_lost: OnLost | None
 
+    @property
+    def folder(self) -> Path:
+        """Where the file is; by default in the user's state directory.
+
+        Raises:
+            StoreError: If there is no such directory to be found.
+        """
+        return default_folder() if self.data_dir is None else self.data_dir
+
 
 def options_of(settings: Settings, on_lost: OnLost | None = None) -> Options:
     """Return what the settings say of dead letters."""
     return Options(
-        folder=Path(settings.data_dir) if settings.data_dir else default_folder(),
+        data_dir=Path(settings.data_dir).absolute() if settings.data_dir else None,
         redis_url=settings.redis_url,
         largest_file=settings.dead_letter_file_limit,
         largest_inline=settings.dead_letter_inline_limit,
@@ -78,9 +93,98 @@ def options_of(settings: Settings, on_lost: OnLost | None = None) -> Options:
 
 def default_folder() -> Path:
     """Return the user's state directory for this package (XDG Base Directory Specification)."""
+    from periscope_otel.dead_letter.errors import StoreError
+
     state = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if state.startswith("/") else Path.home() / ".local" / "state"
-    return base / "periscope-otel"
+    if state.startswith("/"):
+        return Path(state) / "periscope-otel"
+    try:
+        return Path.home() / ".local" / "state" / "periscope-otel"
+    except RuntimeError:
+        raise StoreError(
+            "there is no home directory to keep dead letters in: give data_dir="
+        ) from None
+
+
+def _from_environment() -> Options:
+    """Return what the environment says; a variable that cannot be read is told, and left out."""
+    usable = {}
+    for name, value in os.environ.items():
+        if name.startswith(PREFIX):
+            try:
+                load({}, {name: value})
+            except SettingsError as error:
+                guard.warn(f"variable {name}", "%s; it is left out", error)
+            else:
+                usable[name] = value
+    return options_of(load({}, usable))
+
+
+class _Waiting:
+    """Takes letters while the queue cannot be opened: in memory, within bounds."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._lock = threading.RLock()
+        self._letters: deque[Letter] = deque()
+        self._size = 0
+        self._queue: DeadLetterQueue | None = None
+        """The one that was opened since."""
+
+    def put(self, letters: Sequence[Letter], *, journalled: bool = False) -> Where:  # noqa: ARG002
+        where: Where = "memory"
+        for letter in letters:
+            with self._lock:
+                queue = self._queue
+                size = self._size + len(letter.body)
+                fits = len(self._letters) < MOST_WAITING and size <= MOST_BYTES_WAITING
+                if fits and queue is None:
+                    self._letters.append(letter)
+                    self._size = size
+            if queue is not None:
+                queue.put([letter])
+            elif fits:
+                letter_counts.put(letter.queue, "memory")
+            else:
+                where = "lost"
+                self._lose(letter)
+        return where
+
+    async def put_from_coroutine(
+        self, letters: Sequence[Letter], *, journalled: bool = False
+    ) -> Where:
+        return self.put(letters, journalled=journalled)
+
+    def journal(self, letter: Letter) -> bool:
+        letter_counts.put(letter.queue, "not_journalled")
+        return False
+
+    def forget(self, ids: Sequence[str]) -> None:
+        """Do nothing: it has no journal."""
+
+    def move_to(self, queue: DeadLetterQueue) -> None:
+        """Put all that waits into the queue, which can be opened now."""
+        with self._lock:
+            self._queue = queue
+        for letter in self._taken():
+            queue.put([letter])
+
+    def lose(self) -> None:
+        """Say of all that waits that it is lost."""
+        for letter in self._taken():
+            self._lose(letter)
+
+    def _taken(self) -> list[Letter]:
+        with self._lock:
+            letters, self._size = list(self._letters), 0
+            self._letters.clear()
+        return letters
+
+    def _lose(self, letter: Letter) -> None:
+        from periscope_otel.dead_letter.queue import lose
+
+        why = "the folder of dead letters cannot be used"
+        lose(letter, "folder", why, self._options.on_lost)
 
 
 class InUse:
@@ -89,6 +193,9 @@ class InUse:
     def __init__(self) -> None:
         self.wanted = False
         """Whether any operation keeps dead letters."""
+        self.queues = {"default"}
+        """Those that operations put their letters into: how many they hold is told of from the
+        start, not only once this process has put one more."""
         self.captured: LetterBox | None = None
         """What a test has put in place of the queue."""
         self._options: Options | None = None
@@ -97,6 +204,7 @@ class InUse:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._opened: DeadLetterQueue | None = None
+        self._waiting: _Waiting | None = None
         self._failed_at: float | None = None
 
     @property
@@ -108,7 +216,7 @@ class InUse:
     def options(self) -> Options:
         """Where letters go, by `configure()` or else by the environment."""
         if self._options is None:
-            self._options = options_of(load({}))
+            self._options = _from_environment()
         return self._options
 
     @property
@@ -130,33 +238,77 @@ class InUse:
         """
         with self._lock:
             if self._opened is None:
-                self._opened = _open(self.options)
-                atexit.register(self._at_exit)
+                queue = _open(self.options)
+                if self._waiting is not None:
+                    self._waiting.move_to(queue)
+                self._opened = queue
+                self._finish_at_exit()
             return self._opened
 
-    def box(self) -> LetterBox | None:
-        """Return what takes letters; None where that cannot be opened now, which is told."""
+    def want(self, queue: str) -> None:
+        """Take note that an operation keeps dead letters; a finaliser may be what ends it."""
+        self.queues.add(queue)
+        if not self.wanted:
+            self.wanted = True
+            self._finish_at_exit()
+
+    def box(self) -> LetterBox:
+        """Return what takes letters: the memory, for as long as the queue cannot be opened."""
         if self.captured is not None:
             return self.captured
+        opened = self._opened
+        return self._open_now_or_later() if opened is None else opened
+
+    def _open_now_or_later(self) -> LetterBox:
+        why: Exception | None = None
         now = time.monotonic()
-        if self._failed_at is not None and now - self._failed_at < _TRY_AGAIN:
-            return None
-        try:
-            queue = self.queue()
-        except Exception as error:  # noqa: BLE001  (the user's call must go on)
-            self._failed_at = now
-            guard.warn("dead letter folder", "dead letters cannot be kept: %s", error)
-            return None
-        self._failed_at = None
-        return queue
+        with self._lock:
+            if self._failed_at is None or now - self._failed_at >= _TRY_AGAIN:
+                try:
+                    return self.queue()
+                except Exception as error:  # noqa: BLE001  (the user's call must go on)
+                    self._failed_at, why = now, error
+            waiting, first = self._waiting, self._waiting is None
+            if waiting is None:
+                waiting = self._waiting = _Waiting(self.options)
+                self._finish_at_exit()
+        if why is not None:
+            guard.warn("dead letter folder", "dead letters are kept in memory: %s", why)
+        if first:
+            self._try_again_later(waiting)
+        return waiting
+
+    def _try_again_later(self, waiting: _Waiting) -> None:
+        """Open the queue when that can be done, also if no further letter comes."""
+
+        def run() -> None:
+            while waiting is self._waiting and self._opened is None:
+                time.sleep(_TRY_AGAIN)
+                with guard.contained("dead letter folder"):
+                    self._open_now_or_later()
+
+        with suppress(RuntimeError):  # at the end of the interpreter no thread starts
+            threading.Thread(target=run, name="periscope-dead-letter-folder", daemon=True).start()
 
     def close(self, timeout: float = 5.0) -> None:
         """Write out what is in memory and let go; a later letter opens it again."""
         with self._lock:
-            opened, self._opened = self._opened, None
-        atexit.unregister(self._at_exit)
+            if self._opened is None and self._waiting is not None:
+                with suppress(Exception):  # it has been told before
+                    self.queue()
+            (opened, self._opened), (waiting, self._waiting) = (
+                (self._opened, None),
+                (self._waiting, None),
+            )
+            self._failed_at = None
+        if waiting is not None:
+            waiting.lose()
         if opened is not None:
             opened.close(timeout)
+
+    def _finish_at_exit(self) -> None:
+        atexit.unregister(self._at_exit)
+        atexit.register(self._at_exit)
 
     def _at_exit(self) -> None:
         worker.finish_posted(1.0)  # operations that finalisers have settled
@@ -173,18 +325,20 @@ def _open(options: Options) -> DeadLetterQueue:
     from periscope_otel.dead_letter.errors import StoreError
     from periscope_otel.dead_letter.queue import DeadLetterQueue
 
-    parent = options.folder.parent
-    if options.folder == default_folder():
+    folder = options.folder
+    parent = folder.parent
+    if options.data_dir is None:
         with suppress(OSError):  # what is wrong with it is said when it is opened
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     elif not parent.is_dir():  # a mistake, or a volume that is not mounted: nothing to be made
-        raise StoreError(f"data_dir {options.folder}: there is no folder {parent}")
+        raise StoreError(f"data_dir {folder}: there is no folder {parent}")
     return DeadLetterQueue(
-        options.folder,
+        folder,
         redis_url=options.redis_url,
         largest_file=options.largest_file,
         largest_inline=options.largest_inline,
         on_lost=options.on_lost,
+        queues=in_use.queues,
     )
 
 

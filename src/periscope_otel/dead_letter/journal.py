@@ -101,7 +101,10 @@ class Journal:
             StoreError: If they cannot be written now.
         """
         adopted = 0
-        for owner in self._owners() - _our_owners:
+        owners = self._owners() - _our_owners
+        if owners:
+            self._folder.mkdir(mode=0o700, exist_ok=True)  # whoever removed it: entries stay ours
+        for owner in owners:
             lock = ProcessLock(self._path_of(owner))
             if lock.acquire():
                 adopted += self._adopt_from(owner)
@@ -171,6 +174,7 @@ class Journal:
                 if lock.acquire() and lock.in_place():
                     self._held = lock
                 else:
+                    lock.release()
                     _our_owners.discard(owner)
             return self._held.path.stem
 

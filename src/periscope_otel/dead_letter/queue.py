@@ -8,7 +8,6 @@ it. What cannot even be kept so is lost: it is counted, logged and handed to `on
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import threading
@@ -29,6 +28,7 @@ from periscope_otel.dead_letter.letter import STATES
 from periscope_otel.dead_letter.outbox import MOST_LETTERS, Outbox
 from periscope_otel.dead_letter.sqlite_store import SQLiteStore
 from periscope_otel.dead_letter.store import open_store
+from periscope_otel.dead_letter.threads import in_a_thread
 from periscope_otel.telemetry.letter_counts import Depth, OutboxDepth, letter_counts
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class DeadLetterQueue:
         largest_inline: Bytes of a payload, compressed, above which it is a file of its own.
         on_lost: Called with each letter that could not be kept, and why.
         clock: Monotonic seconds.
+        queues: Names of queues whose letters are counted from the start.
 
     Raises:
         StoreError: If the folder cannot be used, or the URL cannot.
@@ -95,8 +96,9 @@ class DeadLetterQueue:
         largest_inline: int = INLINE,
         on_lost: OnLost | None = None,
         clock: Callable[[], float] = time.monotonic,
+        queues: set[str] | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()  # the working directory may change
         path = self.folder / FILE
         self.store: Store
         """Where the letters end up."""
@@ -115,7 +117,7 @@ class DeadLetterQueue:
         self._journal = Journal(self._file)
         self._on_lost = on_lost
         self._clock = clock
-        self._queues: set[str] = {"default"}
+        self._queues = {"default"} if queues is None else queues
         self._next_beat = 0.0
         self._next_look = 0.0
         self._wake = threading.Event()
@@ -141,17 +143,22 @@ class DeadLetterQueue:
         """
         if not letters:
             return "disk"
-        self.start()
-        letters = [self.bodies.moved_out(letter) for letter in letters]
         self._queues.update(letter.queue for letter in letters)
         try:
+            self.start()
+            letters = [self.bodies.moved_out(letter) for letter in letters]
             self._write(letters, journalled=journalled)
         except StoreError as error:
             return self._keep_in_memory(letters, error)
-        except UnicodeEncodeError as error:  # half a character in a text: it cannot be written
-            for letter in letters:
-                self._lose(letter, "encoding", f"it cannot be encoded: {error.reason}")
-            return "lost"
+        except UnicodeEncodeError:  # half a character in a text
+            return self.put([_encodable(letter) for letter in letters], journalled=journalled)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the letters are still at hand)
+            where = self._keep_in_memory(letters, error)
+            guard.report("dead letter queue", error)
+            return where
+        except BaseException as error:  # Ctrl-C; what was written by then is not written twice
+            self._keep_in_memory(letters, error)
+            raise
         _count(letters, "disk")
         self._wake.set()
         return "disk"
@@ -160,7 +167,9 @@ class DeadLetterQueue:
         self, letters: Sequence[Letter], *, journalled: bool = False
     ) -> Where:
         """Keep letters without holding the event loop up; a cancellation does not interrupt it."""
-        return await asyncio.shield(asyncio.to_thread(self.put, letters, journalled=journalled))
+        where: list[Where] = []
+        await in_a_thread(lambda: where.append(self.put(letters, journalled=journalled)))
+        return where[0]
 
     def journal(self, letter: Letter) -> bool:
         """Write a payload down before it is worked on, so that a death in the middle of it shows.
@@ -169,10 +178,11 @@ class DeadLetterQueue:
             Whether it is written down; where it cannot be, the work goes on without.
         """
         self.start()
-        letter = self.bodies.moved_out(letter)
         try:
-            self._journal.enter(letter)
-        except (StoreError, OSError, UnicodeEncodeError) as error:
+            self._journal.enter(self.bodies.moved_out(letter))
+        except UnicodeEncodeError:
+            return self.journal(_encodable(letter))
+        except (StoreError, OSError) as error:
             guard.warn("journal", "a payload could not be written to the journal: %s", error)
             letter_counts.put(letter.queue, "not_journalled")
             return False
@@ -214,6 +224,7 @@ class DeadLetterQueue:
 
     def start_flush(self) -> None:
         """Ask the background thread to move on what it can, without waiting."""
+        self._flushes += 1
         self._rested.clear()
         self._wake.set()
 
@@ -237,6 +248,8 @@ class DeadLetterQueue:
         with guard.contained("dead letter queue"):
             while self._write_out_memory() and time.monotonic() < deadline:
                 pass
+        with guard.contained("dead letter journal"), suppress(StoreError):
+            self._forget_again()
         with self._lock:
             self._closed = True  # what the thread still has in hand does not come back
         for letter in self._taken_from_memory(None):
@@ -258,6 +271,7 @@ class DeadLetterQueue:
         self._memory: deque[tuple[Letter, int]] = deque()
         self._memory_size = 0
         self._in_hand = 0
+        self._flushes = 0
         self._done_with: list[str] = []
         self._next_beat = self._next_look = 0.0
         self._wake = threading.Event()
@@ -279,11 +293,12 @@ class DeadLetterQueue:
 
     def _run(self) -> None:
         while not self._stopping:
-            more = False
+            more, flushes = False, self._flushes
             with guard.contained("dead letter queue"):
                 more = self.round()
             if not more:
-                self._rested.set()
+                if flushes == self._flushes:  # else that round may have begun too early for it
+                    self._rested.set()
                 self._wake.wait(BEAT)
                 self._wake.clear()
 
@@ -298,15 +313,25 @@ class DeadLetterQueue:
     def _look_around(self) -> None:
         """Make letters of what dead processes left, and count how many there are."""
         with guard.contained("dead letter journal"), suppress(StoreError):
-            done_with, self._done_with = self._done_with, []
-            try:
-                self._journal.remove(done_with)
-            except BaseException:
-                self._done_with += done_with
-                raise
+            self._forget_again()
             self._journal.adopt()
         with guard.contained("dead letter figures"), suppress(StoreError):
-            letter_counts.take(self._depths(), self._outbox_depth())
+            letter_counts.take_outbox(self._outbox_depth())
+        with guard.contained("dead letter figures"), suppress(StoreError):
+            letter_counts.take(self._depths())  # not to be had while the store is away
+
+    def _forget_again(self) -> None:
+        """Take out of the journal what could not be taken out when it was done with."""
+        with self._lock:
+            done_with, self._done_with = self._done_with, []
+        if not done_with:
+            return
+        try:
+            self._journal.remove(done_with)
+        except BaseException:
+            with self._lock:
+                self._done_with += done_with
+            raise
 
     def _depths(self) -> dict[str, Depth]:
         depths = {}
@@ -319,13 +344,15 @@ class DeadLetterQueue:
     def _outbox_depth(self) -> OutboxDepth | None:
         return None if self._outbox is None else OutboxDepth(*self._outbox.waiting())
 
-    def _keep_in_memory(self, letters: Sequence[Letter], why: StoreError) -> Where:
-        guard.warn("dead letter file", "dead letters are kept in memory for now: %s", why)
+    def _keep_in_memory(self, letters: Sequence[Letter], why: BaseException) -> Where:
+        told = str(why) if isinstance(why, StoreError) else type(why).__name__
+        guard.warn("dead letter file", "dead letters are kept in memory for now: %s", told)
         where: Where = "memory"
-        for letter in letters:
+        for letter in map(_encodable, letters):  # one that is not would hold up all others
             size = len(letter.body)
             with self._lock:
-                fits = (
+                closed = self._closed
+                fits = not closed and (
                     len(self._memory) + self._in_hand < MOST_IN_MEMORY
                     and self._memory_size + size <= MOST_BYTES_IN_MEMORY
                 )
@@ -334,9 +361,12 @@ class DeadLetterQueue:
                     self._memory_size += size
             if fits:
                 letter_counts.put(letter.queue, "memory")
+                continue
+            where = "lost"
+            if closed:
+                self._lose(letter, "closed", f"{_ENDED}: {told}")
             else:
-                where = "lost"
-                self._lose(letter, "full", f"neither disk nor memory has room for it: {why}")
+                self._lose(letter, "full", f"neither disk nor memory has room for it: {told}")
         self._wake.set()
         return where
 
@@ -399,19 +429,39 @@ def lose(letter: Letter, reason: str, why: str, on_lost: OnLost | None = None) -
         on_lost: The user's hook.
     """
     letter_counts.lost(letter.queue, reason)
-    logger.error(
-        "periscope-otel LOST the dead letter %s of operation %s (feed %s, %s): %s",
-        letter.id,
-        letter.operation,
-        letter.feed,
-        letter.error_type,
-        why,
-    )
+    with suppress(Exception):  # a handler of the application's: the others are to be told of too
+        logger.error(
+            "periscope-otel LOST the dead letter %s of operation %s (feed %s, %s): %s",
+            letter.id,
+            letter.operation,
+            letter.feed,
+            letter.error_type,
+            why,
+        )
     if on_lost is not None:
         try:
             on_lost(letter, why)
         except Exception as error:  # noqa: BLE001  (the user's hook must not lose the others)
             guard.warn("on_lost", "on_lost raised %s", type(error).__name__)
+
+
+def _encodable(letter: Letter) -> Letter:
+    """Return a letter with no half character in its texts, which could not be written."""
+    try:
+        letter.encode()
+    except UnicodeEncodeError:
+        texts = {
+            name: _whole(value)
+            for name in letter.__struct_fields__
+            if isinstance(value := getattr(letter, name), str)
+        }
+        headers = {_whole(name): _whole(value) for name, value in letter.headers.items()}
+        return letter.changed(**texts, headers=headers)
+    return letter
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def _count(letters: Sequence[Letter], where: Where) -> None:

@@ -82,6 +82,13 @@ def _fields_of(value: object) -> Mapping[str, Any] | None:
     """Return a mapping's entries, or an object's attributes."""
     if isinstance(value, Mapping):
         return value
+    cls = type(value)
+    # Of named tuples, of msgspec, and of classes with slots, such as those of attrs.
+    for listed in ("_fields", "__struct_fields__", "__slots__"):
+        names = getattr(cls, listed, None)
+        if isinstance(names, (list, tuple)) and names:
+            slots = {name: getattr(value, name, None) for name in names if isinstance(name, str)}
+            return {**getattr(value, "__dict__", {}), **slots}
     if isinstance(value, (list, tuple, set, frozenset)) or value is None:
         return None
     return getattr(value, "__dict__", None)

@@ -54,7 +54,7 @@ class LetterCounts:
         self._lost: dict[tuple[str, str], int] = {}
         self._depths: dict[str, Depth] = {}
         self._outbox: OutboxDepth | None = None
-        self._taken_at = 0.0
+        self._depths_at = self._outbox_at = 0.0
 
     @contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -82,10 +82,15 @@ class LetterCounts:
         with self._lock:
             counts[queue, about] = counts.get((queue, about), 0) + count
 
-    def take(self, depths: Mapping[str, Depth], outbox: OutboxDepth | None) -> None:
-        """Take a snapshot of the store, by queue, and of the outbox if there is one."""
+    def take(self, depths: Mapping[str, Depth]) -> None:
+        """Take a snapshot of the store, by queue."""
         with self._lock:
-            self._depths, self._outbox, self._taken_at = dict(depths), outbox, self._clock()
+            self._depths, self._depths_at = dict(depths), self._clock()
+
+    def take_outbox(self, outbox: OutboxDepth | None) -> None:
+        """Take a snapshot of the outbox, if there is one: it is here while the store is away."""
+        with self._lock:
+            self._outbox, self._outbox_at = outbox, self._clock()
 
     def puts(self) -> dict[tuple[str, str], int]:
         """Return the letters that were kept, by queue and where."""
@@ -105,15 +110,15 @@ class LetterCounts:
     def depths(self) -> dict[str, Depth]:
         """Return the latest snapshot by queue; nothing once it is too old."""
         with self._lock:
-            return dict(self._depths) if self._is_fresh() else {}
+            return dict(self._depths) if self._is_fresh(self._depths_at) else {}
 
     def outbox(self) -> OutboxDepth | None:
         """Return the latest snapshot of the outbox; None if there is none or it is too old."""
         with self._lock:
-            return self._outbox if self._is_fresh() else None
+            return self._outbox if self._is_fresh(self._outbox_at) else None
 
-    def _is_fresh(self) -> bool:
-        return self._clock() - self._taken_at <= FRESH
+    def _is_fresh(self, taken_at: float) -> bool:
+        return self._clock() - taken_at <= FRESH
 
 
 letter_counts: Final = LetterCounts()
