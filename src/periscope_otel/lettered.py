@@ -148,12 +148,25 @@ class LetteredOperation(Operation):
         self._too_many = False
         self._ready: list[Letter] = []
         self._done_with: list[str] = []
+        self._replay: Replaying | None = None
         replaying = REPLAYING.get()
-        self._replay: Replaying | None = (
-            replaying if replaying is not None and replaying.takes(name) else None
-        )
-        if self._replay is not None and feed is None:
-            self.feed = self._replay.feed
+        if replaying is not None and (replaying.takes(name) or self._is_tried_again(replaying)):
+            self._replay = replaying
+            replaying.cause = None
+            if feed is None:
+                self.feed = replaying.feed
+
+    def _is_tried_again(self, replaying: Replaying) -> bool:
+        """Whether a handler calls the operation once more with the payload that it replays."""
+        if self.name != replaying.operation:
+            return False
+        with guard.contained("replay"):
+            from periscope_otel.dead_letter.draft import letter_of
+            from periscope_otel.dead_letter.store import payload_identity
+
+            again = letter_of(self._origin(), self._payload(), None, key=replaying.key)
+            return payload_identity(again) == replaying.identity
+        return False
 
     # What the user calls.
 
@@ -315,6 +328,12 @@ class LetteredOperation(Operation):
             error_type = None if failure is None else failure.error_type
             retry_after = None if failure is None else failure.retry_after
             replay.cause = self._cause(error_type or outcome, error, retry_after)
+            return
+        if self._too_many:
+            # More items failed than can be held: the letter's payload has them all.
+            last = self._held[-1].cause
+            told = f"{self.items.failed} items failed, the last one: {last.message}"
+            replay.cause = last._replace(message=told)
             return
         from periscope_otel.dead_letter.store import payload_identity
 
