@@ -159,12 +159,25 @@ class LetteredOperation(Operation):
         self._ready: list[Letter] = []
         self._done_with: list[str] = []
         self._spills: list[Future[None]] = []
+        self._replay: Replaying | None = None
         replaying = REPLAYING.get()
-        self._replay: Replaying | None = (
-            replaying if replaying is not None and replaying.takes(name) else None
-        )
-        if self._replay is not None and feed is None:
-            self.feed = self._replay.feed
+        if replaying is not None and (replaying.takes(name) or self._is_tried_again(replaying)):
+            self._replay = replaying
+            replaying.cause = None
+            if feed is None:
+                self.feed = replaying.feed
+
+    def _is_tried_again(self, replaying: Replaying) -> bool:
+        """Whether a handler calls the operation once more with the payload that it replays."""
+        if self.name != replaying.operation:
+            return False
+        with guard.contained("replay"):
+            from periscope_otel.dead_letter.draft import letter_of
+            from periscope_otel.dead_letter.store import payload_identity
+
+            again = letter_of(self._origin(), self._payload(), None, key=replaying.key)
+            return payload_identity(again) == replaying.identity
+        return False
 
     # What the user calls.
 

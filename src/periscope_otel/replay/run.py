@@ -14,7 +14,7 @@ from opentelemetry.trace import Status, StatusCode
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.bodies import FOLDER, BodyFiles
-from periscope_otel.dead_letter.draft import fields_of
+from periscope_otel.dead_letter.draft import fields_of, host_name, letter_ids
 from periscope_otel.dead_letter.errors import (
     CannotReplayError,
     DamagedLetterError,
@@ -24,7 +24,13 @@ from periscope_otel.dead_letter.errors import (
 )
 from periscope_otel.dead_letter.in_use import in_use
 from periscope_otel.dead_letter.replaying import Replaying
-from periscope_otel.dead_letter.store import Filter, new_owner, open_store, payload_identity
+from periscope_otel.dead_letter.store import (
+    MOST_REPLAYS,
+    Filter,
+    new_owner,
+    open_store,
+    payload_identity,
+)
 from periscope_otel.progress import open_bar
 from periscope_otel.registry import handler_of
 from periscope_otel.replay.trial import event_loop, is_item, prepared, span_of, tried
@@ -170,8 +176,11 @@ class _Run:
         self._on_replayed = on_replayed
         self._report = ReplayReport()
         self._lock = threading.Lock()
+        self._drawing = threading.Lock()  # a terminal may hold up whoever writes to it
         self._stop = threading.Event()
         self._finished = threading.Event()
+        self._working = 0
+        self._idle = threading.Event()
         self._held: dict[str, Claim] = {}
 
     def rehearse(self, limit: int | None) -> ReplayReport:
@@ -187,6 +196,7 @@ class _Run:
 
     def all(self, limit: int | None, rate: float | None, concurrency: int) -> ReplayReport:
         """Try them."""
+        self._reclaim()
         bar = open_bar("replay", limit)
         work = _Work(self._wanted(limit), rate, self._stop)
         renewing = threading.Thread(target=self._renew, name="periscope-renew", daemon=True)
@@ -194,21 +204,13 @@ class _Run:
         errors: list[BaseException] = []
         try:
             with event_loop() as loop:
-                threads = [
-                    threading.Thread(
-                        target=self._worker, args=(work, loop, bar, errors), daemon=True
-                    )
-                    for _ in range(concurrency)
-                ]
-                for thread in threads:
-                    thread.start()
                 try:
-                    for thread in threads:
-                        _join(thread)
-                except KeyboardInterrupt:
+                    for _ in range(concurrency):
+                        self._start(lambda: self._work_off(work, loop, bar), errors)
+                    self._wait()
+                except BaseException:
                     self._stop.set()  # what runs is let finish
-                    for thread in threads:
-                        thread.join()
+                    self._wait()
                     raise
         finally:
             self._finished.set()
@@ -218,33 +220,78 @@ class _Run:
             raise errors[0]
         return self._report
 
-    def _worker(
-        self, work: _Work, loop: asyncio.AbstractEventLoop, bar: Any, errors: list[BaseException]
-    ) -> None:
+    def _start(self, work_off: Callable[[], None], errors: list[BaseException]) -> None:
+        """Start a thread; `_wait` waits for all of them."""
+
+        def run() -> None:
+            try:
+                work_off()
+            except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
+                errors.append(error)
+                self._stop.set()
+            finally:
+                self._ended_one()
+
+        with self._lock:
+            self._working += 1
         try:
-            while (letter := work.next()) is not None:
-                began = time.perf_counter()
-                replayed = self._one(letter, loop)
-                if replayed is not None:
-                    self._tell(replayed)
-                    with self._lock:
-                        bar.loaded(time.perf_counter() - began)
-        except BaseException as error:  # noqa: BLE001  (raised again where the replay was called)
-            errors.append(error)
-            self._stop.set()
+            threading.Thread(target=run, name="periscope-replay", daemon=True).start()
+        except BaseException:
+            self._ended_one()
+            raise
+
+    def _ended_one(self) -> None:
+        with self._lock:
+            self._working -= 1
+            if not self._working:
+                self._idle.set()
+
+    def _wait(self) -> None:
+        """Wait until no thread works any more.
+
+        They are not joined: before Python 3.13 a join that is interrupted takes the thread for one
+        that has ended.
+        """
+        while self._working and not self._idle.wait(0.2):  # now and then, to be interrupted
+            pass
+
+    def _work_off(self, work: _Work, loop: asyncio.AbstractEventLoop, bar: Any) -> None:
+        while (letter := work.next()) is not None:
+            began = time.perf_counter()
+            replayed = self._one(letter, loop)
+            if replayed is not None:
+                self._tell(replayed)
+                with self._drawing:
+                    bar.loaded(time.perf_counter() - began)
 
     # Which letters.
 
     def _letters(self) -> Iterator[Letter]:
-        """Give all letters that are meant, in the order in which they came."""
+        """Give all letters that are meant, in the order in which they came.
+
+        Those that come meanwhile are for the next replay: a handler that leaves a letter each time
+        would have it go on for ever.
+        """
         cursor = None
         where = self._where
+        began = letter_ids.new()
+        newest = [one.id for one in self._store.list(where, limit=1, newest_first=True).letters]
         while True:
             page = self._store.list(where, cursor=cursor, limit=_PAGE)
-            yield from page.letters
+            for letter in page.letters:
+                if letter.id > began and letter.host == host_name():
+                    return
+                yield letter
+                if letter.id in newest:
+                    return
             cursor = page.cursor
             if cursor is None or self._stop.is_set():
                 return
+
+    def _reclaim(self) -> None:
+        """Have leases that ran out end: their letters would not be found otherwise."""
+        nothing = Filter(queue=self._where.queue, ids=("",))
+        self._store.claim(self._owner, self._lease, 1, nothing)
 
     def _wanted(self, limit: int | None) -> Iterator[Letter]:
         tried = 0
@@ -317,24 +364,48 @@ class _Run:
     def _ended(self, letter: Letter, cause: Cause | None) -> Replayed:
         """Settle a claim; after a failure the letter has the new error."""
         if cause is None:
-            held = self._settled(letter.id, self._store.settle)
+            held = self._settled(letter.id, self._store.settle, lambda now: now is None)
             return Replayed(letter, "succeeded" if held else "lost_claim")
         failed = letter.changed(attempts=letter.attempts + 1, **fields_of(cause, time.time()))
         detail = f"{cause.error_type}: {cause.message}"
-        if not self._settled(letter.id, lambda claim: self._store.settle(claim, failed)):
+        held = self._settled(
+            letter.id,
+            lambda claim: self._store.settle(claim, failed),
+            lambda now: now is not None and now.last_failed_at == failed.last_failed_at,
+        )
+        if not held:
             return Replayed(letter, "lost_claim", detail)
-        now = self._store.get(letter.id, letter.queue)
-        parked = now is not None and now.state == "parked"
+        parked = letter.replays + 1 >= MOST_REPLAYS
         return Replayed(letter, "parked" if parked else "failed", detail)
 
-    def _settled(self, letter_id: str, settle: Callable[[Claim], bool]) -> bool:
-        """End a claim, also if the store is away for a moment; returns whether it still held."""
+    def _settled(
+        self,
+        letter_id: str,
+        settle: Callable[[Claim], bool],
+        is_done: Callable[[Letter | None], bool] = lambda _: False,
+    ) -> bool:
+        """End a claim, also if the store is away for a moment.
+
+        Args:
+            letter_id: Whose.
+            settle: Tells the store.
+            is_done: Whether a letter, as the store has it now, is as `settle` leaves it: a store
+                may have done what it could not answer.
+
+        Returns:
+            Whether the claim still held.
+        """
+        asked_before = False
         for wait in (*_SETTLE_AGAIN, None):
             with self._lock:
                 claim = self._held[letter_id]
+            letter = claim.letter
             try:
-                return settle(claim)
+                return settle(claim) or (
+                    asked_before and is_done(self._store.get(letter_id, letter.queue))
+                )
             except StoreError as error:
+                asked_before = True
                 guard.warn("replay", "a replay's end could not be told to the store: %s", error)
                 if wait is None or time.time() + wait > claim.until:
                     return False
@@ -345,7 +416,7 @@ class _Run:
         """Hold the claims of running handlers, as long as they run."""
         while not self._finished.wait(self._lease / 3):
             for claim in self._claims():
-                with suppress(StoreError), guard.contained("replay lease"):
+                with guard.contained("replay lease"), suppress(StoreError):
                     renewed = self._store.renew(claim, self._lease)
                     with self._lock:
                         if renewed is not None and claim.letter.id in self._held:
@@ -394,11 +465,6 @@ class _Work:
             due = max(now, self._next_at)
             self._next_at = due + self._pause
         return None if self._stop.wait(due - now) else letter
-
-
-def _join(thread: threading.Thread) -> None:
-    while thread.is_alive():
-        thread.join(0.2)  # so that an interruption is noticed
 
 
 def _folder_of(store: Store) -> Path:

@@ -31,7 +31,7 @@ from periscope_otel.telemetry import names
 from periscope_otel.telemetry.current import current, discover
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
 
     from periscope_otel.dead_letter.bodies import BodyFiles
     from periscope_otel.dead_letter.draft import Cause
@@ -101,8 +101,8 @@ def tried(
     token = REPLAYING.set(replaying)
     try:
         result = handler(*args, **kwargs)
-        if inspect.iscoroutine(result):
-            asyncio.run_coroutine_threadsafe(result, loop).result()
+        if inspect.isawaitable(result):
+            asyncio.run_coroutine_threadsafe(_awaited(result), loop).result()
         elif inspect.isgenerator(result):
             for _ in result:
                 pass
@@ -119,6 +119,10 @@ def tried(
     finally:
         REPLAYING.reset(token)
     return replaying.outcome or "ok", replaying.cause
+
+
+async def _awaited(result: Awaitable[Any]) -> None:
+    await result
 
 
 async def _exhaust(items: Any) -> None:
@@ -176,5 +180,10 @@ def event_loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 async def _end_of(loop: asyncio.AbstractEventLoop) -> None:
+    """End what handlers have left running, as `asyncio.run` does."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
     await loop.shutdown_asyncgens()
     await loop.shutdown_default_executor()
