@@ -1329,7 +1329,7 @@ def test_an_item_that_fails_in_the_child_of_a_fork_is_a_letter(box):
 def replayed(letter: Letter | None, call: Callable[[], object]) -> Replaying:
     """Run a call as the replay of a letter."""
     identity = "" if letter is None else payload_identity(letter)
-    replay = Replaying("id", "store", "the letter's key", identity)
+    replay = Replaying("id", "store", None, "the letter's key", identity)
     token = REPLAYING.set(replay)
     try:
         call()
