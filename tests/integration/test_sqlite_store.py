@@ -46,11 +46,12 @@ from store_conformance import (  # noqa: E402  (its assertions are rewritten fir
     ids_of,
     in_threads,
     queued,
+    same_but_for_life,
     some,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -685,6 +686,24 @@ def test_column_of_another_type_is_damage(path, store, column):
     assert everything(store) == []
 
 
+@pytest.mark.parametrize("size", [10, 5000])
+def test_damaged_letter_is_replaced_by_a_good_one(path, store, size):
+    """Where a letter is damaged and its payload fails again, the new letter is in its place."""
+    payload = random.Random(1).randbytes(size)
+    first = a_letter(b"x" * 10, key="k")
+    again = a_letter(b"x" * 10, key="k", attempts=2, headers={"padding": payload.hex()})
+    store.put([first, *some(1)])
+    damage(path, first.id)
+    assert store.put([again]) == ["merged"]
+    found = store.get(first.id)
+    assert same_but_for_life(again.changed(id=first.id, attempts=3), found)
+    assert found.payload() == b"x" * 10
+    assert len(everything(store)) == 2
+    assert store.purge(EVERY, dry_run=False) == 2
+    assert (store.stats().total, store.stats().size) == (0, 0)
+    assert store.database.read("SELECT count(*) FROM letter_blobs") == [(0,)]
+
+
 def test_damaged_letter_does_not_hide_the_rest(path, store):
     """Where one letter is damaged the others are still listed."""
     letters = some(5)
@@ -796,6 +815,48 @@ def test_a_change_of_state_writes_no_payload_anew(path):
         (claim,) = store.claim("one", LEASE)
         store.settle(claim, claim.letter.changed(error_message="new"))
         assert Path(f"{path}-wal").stat().st_size < before + 300_000
+
+
+def plans(store: SQLiteStore, call: Callable[[], object]) -> str:
+    """Return how SQLite finds what a call reads or writes."""
+    told: list[str] = []
+    with store.database.writing() as writing:
+        pass
+    writing.set_trace_callback(told.append)
+    with store.database._borrowed() as reading:
+        reading.set_trace_callback(told.append)
+    call()
+    writing.set_trace_callback(None)
+    statements = [one for one in told if " id IN " in one]
+    assert statements
+    return str([store.database.read(f"EXPLAIN QUERY PLAN {one}") for one in statements])
+
+
+@pytest.mark.parametrize("name", ["list", "purge", "requeue", "park", "claim"])
+def test_ids_are_looked_up(store, name):
+    """What names its letters by ids does not look through all others of their state."""
+    store.put(some(5))
+    where = Filter(ids=("a", "b"), feed="urlhaus", fingerprint="f1", since=1.0)
+    calls = {"claim": lambda: store.claim("one", LEASE, 9, where)}
+    plan = plans(store, calls.get(name, lambda: getattr(store, name)(where)))
+    assert "(id=?" in plan
+    assert "letters_by" not in plan.replace("letters_by_lease", "").replace("letters_by_same", "")
+
+
+def test_counts_cost_the_same_with_any_number_of_causes(store):
+    """The most frequent causes are found by an index, and only so many are told."""
+    store.put([a_letter(fingerprint=f"f{n}") for n in range(1200)])
+    store.put(some(3, fingerprint="f7"))
+    causes = store.stats().by_fingerprint
+    assert len(causes) == 1000
+    assert next(iter(causes.items())) == ("f7", 4)
+    plan = store.database.read(
+        "EXPLAIN QUERY PLAN SELECT fingerprint, letters FROM letter_causes "
+        "WHERE queue = ? AND letters > 0 AND fingerprint <> '' ORDER BY letters DESC LIMIT 1000",
+        ("default",),
+    )
+    assert "letter_causes_by_letters" in str(plan)
+    assert "TEMP B-TREE" not in str(plan)
 
 
 # --- around the store ----------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import math
 import uuid
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
@@ -49,7 +50,7 @@ there already and has taken its failure in; or it has been there before, by its 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which letters are meant; what is None does not matter.
+    """Which letters are meant; what is None does not matter, and "" means those that have none.
 
     Example:
         >>> Filter(feed="urlhaus", error_type="ConnectTimeout", states=("dead",))
@@ -115,11 +116,16 @@ class Store(Protocol):
     url: str
     """Where it is, without secrets."""
 
-    def put(self, letters: Sequence[Letter]) -> list[Put]:
+    def put(self, letters: Sequence[Letter], *, revive: bool = False) -> list[Put]:
         """Store letters, all or none; putting one twice stores it once.
+
+        A letter with the payload of one that is there (see `payload_identity`) is taken in by it:
+        its attempts are added, and its error is the letter's unless that failed later. One whose
+        twin is claimed is stored; the twin takes it in when its claim ends without success.
 
         Args:
             letters: Of any queues.
+            revive: Store also those that were removed a moment ago, as an import does.
 
         Returns:
             What became of each.
@@ -171,10 +177,10 @@ class Store(Protocol):
     def claim(
         self, owner: str, lease: float, limit: int = 1, where: Filter | None = None
     ) -> Sequence[Claim]:
-        """Take letters to replay, first those that came first.
+        """Take letters to replay, in the order in which they came, whenever they were queued.
 
         A letter whose lease has run out, or that is released, is again what it was before: dead
-        or queued.
+        or queued. One whose `not_before` is still to come is left, unless it is asked for by id.
 
         Args:
             owner: Who takes them; one text for each replayer.
@@ -317,9 +323,16 @@ def payload_identity(letter: Letter) -> str:
     """Return what two letters share that hold the same payload, under the same idempotency key.
 
     They have to be for the same operation: a letter for another one is needed for its own replay.
+    They have to have the same marking, too: TLP:RED must not hide in a letter that is TLP:CLEAR.
     """
-    about = repr((letter.key, letter.operation, letter.codec)).encode(errors="replace")
+    marked = (letter.key, letter.operation, letter.codec, letter.tlp)
+    about = repr(marked).encode(errors="replace")
     return hashlib.sha256(about + letter.sha256).hexdigest()[:32]
+
+
+def finite(seconds: float) -> float:
+    """Return a Unix time that stores can sort by; 0 for one that is none."""
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def resting_state(state: State) -> State:
