@@ -35,10 +35,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from periscope_otel.dead_letter import Claim, Filter, Letter
+from periscope_otel.dead_letter import Claim, Filter, Letter, StoreError
+from periscope_otel.dead_letter.errors import RefusedError
 from periscope_otel.dead_letter.identity import LetterIds, content_key
 from periscope_otel.dead_letter.letter import STATES, pack
-from periscope_otel.dead_letter.store import MOST_LEASES, MOST_REPLAYS
+from periscope_otel.dead_letter.store import MOST_LEASES, MOST_REPLAYS, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -312,15 +313,50 @@ class StoreConformance:
         ids=ascii,
     )
     def test_odd_names(self, store, odd):
-        """Queues, feeds, operations and errors may be called anything, and are told apart."""
+        """Feeds, operations and errors may be called anything, and are told apart."""
         names = {"feed": odd, "operation": odd, "fingerprint": odd, "error_type": odd}
-        letter = a_letter(queue=f"q{odd}", **names)
-        other = a_letter(queue=f"q{odd}", **dict.fromkeys(names, f"{odd}x"))
-        store.put([letter, other, a_letter()])
-        assert ids_of(everything(store, Filter(queue=f"q{odd}", **names))) == [letter.id]
-        assert store.stats(f"q{odd}").by_state == {"dead": 2}
-        assert store.requeue(Filter(queue=f"q{odd}", **names)) == 1
-        assert ids_of(store.claim("one", LEASE, 9, Filter(f"q{odd}", ("queued",)))) == [letter.id]
+        letter = a_letter(**names)
+        other = a_letter(**dict.fromkeys(names, f"{odd}x"))
+        store.put([letter, other, a_letter(queue="other")])
+        assert ids_of(everything(store, Filter(**names))) == [letter.id]
+        assert store.stats().by_state == {"dead": 2}
+        assert store.requeue(Filter(**names)) == 1
+        assert ids_of(store.claim("one", LEASE, 9, QUEUED)) == [letter.id]
+
+    @pytest.mark.parametrize("name", ["a", "Z", "0", ".", "_-.", "a" * 100, "-1"])
+    def test_names_of_queues(self, store, name):
+        """A queue is called by 1 to 100 letters, digits, dots, dashes and underscores."""
+        assert queue_name(name) == name
+        assert store.put([a_letter(queue=name)]) == ["stored"]
+        assert store.stats(name).total == 1
+        assert store.requeue(Filter(name)) == 1
+        assert len(store.claim("one", LEASE, 9, Filter(name, ("queued",)))) == 1
+
+    @pytest.mark.parametrize(
+        "name", ["", " ", "a b", "a:b", "}a", "{a}", "*", "é", "a\n", "a\0", "a" * 101]
+    )
+    def test_names_of_no_queue(self, store, name):
+        """What may not be a queue's name is an error everywhere, and refuses that letter alone."""
+        with pytest.raises(ValueError, match="name of a queue"):
+            queue_name(name)
+        with pytest.raises(RefusedError, match="name of a queue"):
+            store.put([a_letter(), a_letter(queue=name)])
+        assert store.stats().total == 0
+        where = Filter(name)
+        for call in (
+            lambda: store.get("x", name),
+            lambda: store.missing([], name),
+            lambda: store.stats(name),
+            lambda: store.list(where),
+            lambda: store.requeue(where),
+            lambda: store.park(where),
+            lambda: store.unpark(where),
+            lambda: store.purge(where),
+            lambda: store.purge(where, dry_run=False),
+            lambda: store.claim("one", LEASE, where=where),
+        ):
+            with pytest.raises(StoreError):
+                call()
 
     # --- merging ---------------------------------------------------------------------------------
 

@@ -217,7 +217,13 @@ def test_path_that_cannot_be_a_file_is_an_error(tmp_path, name):
         SQLiteStore(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "fuse.glusterfs", "fuse.rclone"),
+        *("fuse.gcsfuse", "beegfs", "gpfs", "afs"),
+    ],
+)
 def test_network_file_system_is_refused(path, monkeypatch, kind):
     """A file on a file system of another machine is refused, and no file is made."""
     monkeypatch.setattr(database, "_file_system_of", lambda _: kind)
@@ -306,6 +312,18 @@ def test_letters_are_put_as_a_part_of_a_transaction(store):
     with store.database.writing() as writing:
         assert store.put_within(writing, [*letters, letters[0]]) == [*["stored"] * 3, "known"]
     assert ids_of(everything(store)) == ids_of(letters)
+
+
+def test_a_file_of_a_newer_version_is_left_alone(path):
+    """Who finds tables of a newer schema says so and changes nothing."""
+    with SQLiteStore(path) as store:
+        assert store.database.read("PRAGMA user_version") == [(1,)]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version=2")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="newer version"):
+        SQLiteStore(path)
+    assert path.read_bytes() == before
 
 
 # --- others at the same file ---------------------------------------------------------------------

@@ -29,20 +29,11 @@ Begun = TypeVar("Begun")
 _PRIVATE: Final = 0o600
 _NETWORKED: Final = frozenset(
     [
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb2",
-        "smb3",
-        "smbfs",
-        "afpfs",
-        "ncpfs",
-        "9p",
-        "fuse.sshfs",
-        "fuse.s3fs",
-        "glusterfs",
-        "ceph",
-        "lustre",
+        *("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afpfs", "ncpfs", "9p", "afs"),
+        *("glusterfs", "ceph", "lustre", "beegfs", "gpfs", "pvfs2", "orangefs", "vboxsf"),
+        *("fuse.sshfs", "fuse.s3fs", "fuse.glusterfs", "fuse.rclone", "fuse.gcsfuse"),
+        *("fuse.goofys", "fuse.blobfuse", "fuse.blobfuse2", "fuse.cephfs", "fuse.ceph-fuse"),
+        *("fuse.juicefs", "fuse.mount-s3", "fuse.moosefs", "fuse.davfs", "davfs"),
     ]
 )
 """File systems on which SQLite's locks do not hold (sqlite.org/wal.html, "All processes using a
@@ -50,6 +41,9 @@ database must be on the same host computer")."""
 
 LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
+
+SCHEMA_VERSION: Final = 1
+"""Of all tables in a file; one of a greater number was written by a newer version."""
 
 LONG: Final = 3000
 """Bytes of a blob from which it has a row of its own: with others it would not fit into a page."""
@@ -121,7 +115,8 @@ class Database:
 
     Args:
         path: The file; made if it is not there, with its folder, both readable by their user alone.
-        schema: Statements that make it what it is, harmless where it is that already.
+        schema: Statements that make it what it is, harmless where it is that already, each ended by
+            a semicolon; run as one transaction.
         synchronous: `FULL` if what is committed has to survive a power cut, `NORMAL` if the death
             of the process is all that it has to survive.
         busy: Seconds to wait for another process that writes.
@@ -309,12 +304,22 @@ class Database:
             self._level = self._synchronous
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.executescript(self._schema)
+                self._make_schema(connection)
             except BaseException:
                 connection.close()
                 raise
             self._written_by = connection
         return self._written_by
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
+        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} was written by a newer version of periscope-otel (schema {version}, "
+                f"here {SCHEMA_VERSION}): update this one, or use another file"
+            )
+        mark = f"PRAGMA user_version={SCHEMA_VERSION};" if version < SCHEMA_VERSION else ""
+        connection.executescript(f"BEGIN IMMEDIATE;{self._schema};{mark}COMMIT")
 
     @contextmanager
     def _borrowed(self) -> Iterator[sqlite3.Connection]:

@@ -26,6 +26,7 @@ from periscope_otel.dead_letter.store import (
     Put,
     Stats,
     among,
+    checked_queue,
     finite,
     in_state,
     payload_identity,
@@ -117,6 +118,8 @@ class RedisStore:
 
     def put(self, letters: Sequence[Letter], *, revive: bool = False) -> list[Put]:
         """Store letters, those of a queue in one script; see `Store`."""
+        for letter in letters:
+            checked_queue(letter.queue)
         answers: dict[int, Put] = {}
         for queue in dict.fromkeys(letter.queue for letter in letters):
             own = [place for place, letter in enumerate(letters) if letter.queue == queue]
@@ -133,6 +136,7 @@ class RedisStore:
     def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
         """Return those ids of which nothing is known; see `Store`."""
         missing: list[str] = []
+        checked_queue(queue)
         for start in range(0, len(ids), _LOOKED_AT):
             found = self._run("missing", queue, *ids[start : start + _LOOKED_AT])
             missing += [one.decode() for one in found]
@@ -148,6 +152,7 @@ class RedisStore:
     ) -> Page:
         """Return a page of letters; see `Store`."""
         limit = max(1, min(limit, LONGEST_PAGE))
+        checked_queue(where.queue)
         if not where.states:
             return Page([], None)
         if where.ids is not None:
@@ -242,6 +247,7 @@ class RedisStore:
         """Take letters to replay; see `Store`."""
         where = where or Filter(states=("queued",))
         if limit < 1:
+            checked_queue(where.queue)
             return []
         if where == Filter(queue=where.queue, states=("queued",)):
             return self._claim(where.queue, owner, lease, limit, None)
@@ -330,6 +336,7 @@ class RedisStore:
 
     def _pages(self, where: Filter) -> Iterator[Sequence[str]]:
         """Give the ids of the letters that a filter means, in pages; they may change meanwhile."""
+        checked_queue(where.queue)
         if not where.states:
             return
         if where.ids is not None:
@@ -350,7 +357,7 @@ class RedisStore:
             return self._scripts[name](keys=[self._key(queue, "")], args=arguments)
 
     def _key(self, queue: str, name: str) -> str:
-        return f"{self._prefix}:{{{queue}}}:{name}"
+        return f"{self._prefix}:{{{checked_queue(queue)}}}:{name}"
 
     @contextmanager
     def _talking(self) -> Iterator[Any]:

@@ -32,6 +32,7 @@ from periscope_otel.dead_letter.store import (
     Put,
     Stats,
     among,
+    checked_queue,
     finite,
     in_state,
     payload_identity,
@@ -109,7 +110,7 @@ class SQLiteStore:
         return [self._put(writing, letter, letter.encode(), revive=revive) for letter in letters]
 
     def _put(self, writing: Connection, letter: Letter, blob: bytes, *, revive: bool) -> Put:
-        name = (letter.id, letter.queue)
+        name = (letter.id, checked_queue(letter.queue))
         if revive:
             writing.execute("DELETE FROM removed WHERE id = ? AND queue = ?", name)
         known = writing.execute(
@@ -139,7 +140,7 @@ class SQLiteStore:
     def get(self, letter_id: str, queue: str = "default") -> Letter | None:
         """Return a letter by its id; see `Store`."""
         query = f"SELECT {_ROW} FROM letters WHERE id = ? AND queue = ?"  # noqa: S608
-        rows = self.database.read(query, (letter_id, queue))
+        rows = self.database.read(query, (letter_id, checked_queue(queue)))
         return _letter(rows[0]) if rows else None
 
     def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
@@ -148,7 +149,7 @@ class SQLiteStore:
             "SELECT value FROM json_each(?1) AS asked "
             "WHERE NOT EXISTS (SELECT 1 FROM letters WHERE id = asked.value AND queue = ?2) "
             "AND NOT EXISTS (SELECT 1 FROM removed WHERE id = asked.value AND queue = ?2)",
-            (_as_json(ids), queue),
+            (_as_json(ids), checked_queue(queue)),
         )
         return [letter_id for (letter_id,) in rows]
 
@@ -189,7 +190,7 @@ class SQLiteStore:
         ((oldest, size),) = self.database.read(
             "SELECT (SELECT min(failed_at) FROM letters WHERE queue = ?1 AND state = 'dead'), "
             "(SELECT ifnull(sum(size), 0) FROM letter_states WHERE queue = ?1)",
-            (queue,),
+            (checked_queue(queue),),
         )
         feeds, causes = by("letter_feeds", "feed"), by("letter_causes", "fingerprint")
         return Stats(by("letter_states", "state"), feeds, causes, oldest, size)
@@ -439,7 +440,7 @@ def _conditions(where: Filter) -> tuple[str, tuple[Any, ...]]:
     # A column behind a plus is not looked up in an index: ids are by far the shortest way.
     plus = "" if where.ids is None else "+"
     terms: list[str] = [f"{plus}queue = ?", _is_in(f"{plus}state", where.states)]
-    values: list[Any] = [where.queue, *where.states]
+    values: list[Any] = [checked_queue(where.queue), *where.states]
     if where.ids is not None:
         terms.append("id IN (SELECT value FROM json_each(?))")  # any number of them
         values.append(_as_json(where.ids))
