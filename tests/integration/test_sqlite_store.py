@@ -869,11 +869,11 @@ def test_counts_cost_the_same_with_any_number_of_causes(store):
     assert len(causes) == 1000
     assert next(iter(causes.items())) == ("f7", 4)
     plan = store.database.read(
-        "EXPLAIN QUERY PLAN SELECT fingerprint, letters FROM letter_causes "
-        "WHERE queue = ? AND letters > 0 AND fingerprint <> '' ORDER BY letters DESC LIMIT 1000",
+        "EXPLAIN QUERY PLAN SELECT name, letters FROM letter_counts WHERE queue = ? AND "
+        "kind = 'cause' AND letters > 0 AND name <> '' ORDER BY letters DESC LIMIT 1000",
         ("default",),
     )
-    assert "letter_causes_by_letters" in str(plan)
+    assert "letter_causes" in str(plan)
     assert "TEMP B-TREE" not in str(plan)
 
 

@@ -178,22 +178,21 @@ class SQLiteStore:
     def stats(self, queue: str = "default") -> Stats:
         """Return how many letters there are; see `Store`."""
 
-        def by(table: str, column: str) -> dict[Any, int]:
+        def by(kind: str) -> dict[Any, int]:
             return dict(
                 self.database.read(
-                    f"SELECT {column}, letters FROM {table} WHERE queue = ? AND letters > 0 "  # noqa: S608
-                    f"AND {column} <> '' ORDER BY letters DESC LIMIT {_MOST_FACETS}",
+                    f"SELECT name, letters FROM letter_counts WHERE queue = ? AND kind = '{kind}' "  # noqa: S608
+                    f"AND letters > 0 AND name <> '' ORDER BY letters DESC LIMIT {_MOST_FACETS}",
                     (queue,),
                 )
             )
 
         ((oldest, size),) = self.database.read(
             "SELECT (SELECT min(failed_at) FROM letters WHERE queue = ?1 AND state = 'dead'), "
-            "(SELECT ifnull(sum(size), 0) FROM letter_states WHERE queue = ?1)",
+            "(SELECT ifnull(sum(size), 0) FROM letter_counts WHERE queue = ?1 AND kind = 'state')",
             (checked_queue(queue),),
         )
-        feeds, causes = by("letter_feeds", "feed"), by("letter_causes", "fingerprint")
-        return Stats(by("letter_states", "state"), feeds, causes, oldest, size)
+        return Stats(by("state"), by("feed"), by("cause"), oldest, size)
 
     def requeue(self, where: Filter, limit: int | None = None) -> int:
         """Queue letters for the next replayer; see `Store`."""
@@ -358,14 +357,14 @@ class SQLiteStore:
 
 
 def _insert(writing: Connection, letter: Letter, blob: bytes, same: str) -> None:
-    error_type, fingerprint, failed_at, not_before, _ = _failure(letter)
     row = writing.execute(
         "INSERT INTO letters (id, queue, state, operation, feed, fingerprint, error_type, same,"
         " failed_at, not_before, attempts, replays, size, letter) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (letter.id, letter.queue, resting_state(letter.state), letter.operation, letter.feed or "",
-         fingerprint, error_type, same, failed_at, not_before, letter.attempts, letter.replays,
-         len(blob), blob if len(blob) < LONG else None),
+         letter.fingerprint, letter.error_type or "", same, finite(letter.last_failed_at),
+         finite(letter.not_before), letter.attempts, letter.replays, len(blob),
+         blob if len(blob) < LONG else None),
     )  # fmt: skip
     if len(blob) >= LONG:
         writing.execute("INSERT INTO letter_blobs VALUES (?, ?)", (row.lastrowid, blob))
