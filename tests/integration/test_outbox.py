@@ -63,7 +63,7 @@ class Elsewhere(SQLiteStore):
     """Ids."""
     asked = 0
 
-    def put(self, letters: Sequence[Letter]) -> list[Put]:
+    def put(self, letters: Sequence[Letter], *, revive: bool = False) -> list[Put]:
         self.asked += 1
         if self.away:
             raise StoreError("away")

@@ -46,11 +46,12 @@ from store_conformance import (  # noqa: E402  (its assertions are rewritten fir
     ids_of,
     in_threads,
     queued,
+    same_but_for_life,
     some,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -216,7 +217,13 @@ def test_path_that_cannot_be_a_file_is_an_error(tmp_path, name):
         SQLiteStore(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "fuse.glusterfs", "fuse.rclone"),
+        *("fuse.gcsfuse", "beegfs", "gpfs", "afs"),
+    ],
+)
 def test_network_file_system_is_refused(path, monkeypatch, kind):
     """A file on a file system of another machine is refused, and no file is made."""
     monkeypatch.setattr(database, "_file_system_of", lambda _: kind)
@@ -305,6 +312,18 @@ def test_letters_are_put_as_a_part_of_a_transaction(store):
     with store.database.writing() as writing:
         assert store.put_within(writing, [*letters, letters[0]]) == [*["stored"] * 3, "known"]
     assert ids_of(everything(store)) == ids_of(letters)
+
+
+def test_a_file_of_a_newer_version_is_left_alone(path):
+    """Who finds tables of a newer schema says so and changes nothing."""
+    with SQLiteStore(path) as store:
+        assert store.database.read("PRAGMA user_version") == [(1,)]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version=2")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="newer version"):
+        SQLiteStore(path)
+    assert path.read_bytes() == before
 
 
 # --- others at the same file ---------------------------------------------------------------------
@@ -685,6 +704,24 @@ def test_column_of_another_type_is_damage(path, store, column):
     assert everything(store) == []
 
 
+@pytest.mark.parametrize("size", [10, 5000])
+def test_damaged_letter_is_replaced_by_a_good_one(path, store, size):
+    """Where a letter is damaged and its payload fails again, the new letter is in its place."""
+    payload = random.Random(1).randbytes(size)
+    first = a_letter(b"x" * 10, key="k")
+    again = a_letter(b"x" * 10, key="k", attempts=2, headers={"padding": payload.hex()})
+    store.put([first, *some(1)])
+    damage(path, first.id)
+    assert store.put([again]) == ["merged"]
+    found = store.get(first.id)
+    assert same_but_for_life(again.changed(id=first.id, attempts=3), found)
+    assert found.payload() == b"x" * 10
+    assert len(everything(store)) == 2
+    assert store.purge(EVERY, dry_run=False) == 2
+    assert (store.stats().total, store.stats().size) == (0, 0)
+    assert store.database.read("SELECT count(*) FROM letter_blobs") == [(0,)]
+
+
 def test_damaged_letter_does_not_hide_the_rest(path, store):
     """Where one letter is damaged the others are still listed."""
     letters = some(5)
@@ -796,6 +833,48 @@ def test_a_change_of_state_writes_no_payload_anew(path):
         (claim,) = store.claim("one", LEASE)
         store.settle(claim, claim.letter.changed(error_message="new"))
         assert Path(f"{path}-wal").stat().st_size < before + 300_000
+
+
+def plans(store: SQLiteStore, call: Callable[[], object]) -> str:
+    """Return how SQLite finds what a call reads or writes."""
+    told: list[str] = []
+    with store.database.writing() as writing:
+        pass
+    writing.set_trace_callback(told.append)
+    with store.database._borrowed() as reading:
+        reading.set_trace_callback(told.append)
+    call()
+    writing.set_trace_callback(None)
+    statements = [one for one in told if " id IN " in one]
+    assert statements
+    return str([store.database.read(f"EXPLAIN QUERY PLAN {one}") for one in statements])
+
+
+@pytest.mark.parametrize("name", ["list", "purge", "requeue", "park", "claim"])
+def test_ids_are_looked_up(store, name):
+    """What names its letters by ids does not look through all others of their state."""
+    store.put(some(5))
+    where = Filter(ids=("a", "b"), feed="urlhaus", fingerprint="f1", since=1.0)
+    calls = {"claim": lambda: store.claim("one", LEASE, 9, where)}
+    plan = plans(store, calls.get(name, lambda: getattr(store, name)(where)))
+    assert "(id=?" in plan
+    assert "letters_by" not in plan.replace("letters_by_lease", "").replace("letters_by_same", "")
+
+
+def test_counts_cost_the_same_with_any_number_of_causes(store):
+    """The most frequent causes are found by an index, and only so many are told."""
+    store.put([a_letter(fingerprint=f"f{n}") for n in range(1200)])
+    store.put(some(3, fingerprint="f7"))
+    causes = store.stats().by_fingerprint
+    assert len(causes) == 1000
+    assert next(iter(causes.items())) == ("f7", 4)
+    plan = store.database.read(
+        "EXPLAIN QUERY PLAN SELECT name, letters FROM letter_counts WHERE queue = ? AND "
+        "kind = 'cause' AND letters > 0 AND name <> '' ORDER BY letters DESC LIMIT 1000",
+        ("default",),
+    )
+    assert "letter_causes" in str(plan)
+    assert "TEMP B-TREE" not in str(plan)
 
 
 # --- around the store ----------------------------------------------------------------------------

@@ -29,20 +29,11 @@ Begun = TypeVar("Begun")
 _PRIVATE: Final = 0o600
 _NETWORKED: Final = frozenset(
     [
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb2",
-        "smb3",
-        "smbfs",
-        "afpfs",
-        "ncpfs",
-        "9p",
-        "fuse.sshfs",
-        "fuse.s3fs",
-        "glusterfs",
-        "ceph",
-        "lustre",
+        *("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afpfs", "ncpfs", "9p", "afs"),
+        *("glusterfs", "ceph", "lustre", "beegfs", "gpfs", "pvfs2", "orangefs", "vboxsf"),
+        *("fuse.sshfs", "fuse.s3fs", "fuse.glusterfs", "fuse.rclone", "fuse.gcsfuse"),
+        *("fuse.goofys", "fuse.blobfuse", "fuse.blobfuse2", "fuse.cephfs", "fuse.ceph-fuse"),
+        *("fuse.juicefs", "fuse.mount-s3", "fuse.moosefs", "fuse.davfs", "davfs"),
     ]
 )
 """File systems on which SQLite's locks do not hold (sqlite.org/wal.html, "All processes using a
@@ -51,9 +42,14 @@ database must be on the same host computer")."""
 LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
 
+<<<<<<< HEAD
 LONGEST_LOG: Final = 1000
 """Pages of the write-ahead log from which it is begun anew, where commits wait for the disk: one
 that writes over what was there before waits half as long as one that has the file grow."""
+=======
+SCHEMA_VERSION: Final = 1
+"""Of all tables in a file; one of a greater number was written by a newer version."""
+>>>>>>> stores
 
 LONG: Final = 3000
 """Bytes of a blob from which it has a row of its own: with others it would not fit into a page."""
@@ -76,15 +72,19 @@ class _ForkGate:
         self._inside = 0
         self._forking = False
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
+        """Begin something that no fork should come in between."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._forking, FORK_WAIT)
+            if self._forking:
+                self._changed.wait_for(lambda: not self._forking, FORK_WAIT)
             self._inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
+        """End it."""
         with self._changed:
             self._inside -= 1
-            self._changed.notify_all()
+            if self._forking:
+                self._changed.notify_all()
 
     def before_fork(self) -> None:
         """Let nothing begin, and wait until all that has begun is over, for a second at most."""
@@ -125,7 +125,8 @@ class Database:
 
     Args:
         path: The file; made if it is not there, with its folder, both readable by their user alone.
-        schema: Statements that make it what it is, harmless where it is that already.
+        schema: Statements that make it what it is, harmless where it is that already, each ended by
+            a semicolon; run as one transaction.
         synchronous: `FULL` if what is committed has to survive a power cut, `NORMAL` if the death
             of the process is all that it has to survive.
         busy: Seconds to wait for another process that writes.
@@ -183,12 +184,9 @@ class Database:
             StoreError: If the file cannot be written to, now or at all; or if this thread is
                 writing to it already, as where a signal handler or a finaliser interrupts it.
         """
-        level = {None: self._synchronous, False: "NORMAL", True: "FULL"}[durable]
-        with (
-            self._turn(),
-            _explained(self.path),
-            self._patiently(lambda: self._begin(level)) as connection,
-        ):
+        level = self._synchronous if durable is None else "FULL" if durable else "NORMAL"
+        with self._turn(), _explained(self.path):
+            connection = self._patiently(lambda: self._begin(level))
             try:
                 yield connection
                 connection.execute("COMMIT")
@@ -196,6 +194,8 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+            finally:
+                _gate.leave()
 
     def _begin(self, level: str) -> sqlite3.Connection:
         """Begin a transaction that is written as safely as is asked for."""
@@ -213,7 +213,9 @@ class Database:
             with self._borrowed() as connection:
                 return connection.execute(query, values).fetchall()
 
-        with _explained(self.path), self._patiently(rows) as found:
+        with _explained(self.path):
+            found = self._patiently(rows)
+            _gate.leave()
             return found
 
     def checkpoint(self) -> None:
@@ -228,9 +230,17 @@ class Database:
     def _begin_log_anew(self, way: str) -> None:
         with self._turn(), _explained(self.path):
             for pause in self._pauses():
+<<<<<<< HEAD
                 with _gate:
                     query = f"PRAGMA wal_checkpoint({way})"
+=======
+                _gate.enter()
+                try:
+                    query = "PRAGMA wal_checkpoint(TRUNCATE)"
+>>>>>>> stores
                     ((busy, *_),) = self._writer().execute(query).fetchall()
+                finally:
+                    _gate.leave()
                 if not busy:
                     return
                 time.sleep(pause)
@@ -250,23 +260,23 @@ class Database:
             finally:
                 self._is_inside = False
 
-    @contextmanager
-    def _patiently(self, begin: Callable[[], Begun]) -> Iterator[Begun]:
-        """Give what a function returns, which is tried again while another process is at the file.
+    def _patiently(self, begin: Callable[[], Begun]) -> Begun:
+        """Return what a function returns, tried again while another process is at the file.
 
-        The gate is closed from its success to the end of the block, and open between two tries: a
-        fork meets nothing then that its child would inherit half done.
+        The gate is closed then, until it is left by the caller. Between two tries it is open: a
+        fork meets nothing that its child would inherit half done.
         """
-        for pause in self._pauses():
-            with _gate:
-                try:
-                    begun = begin()
-                except sqlite3.OperationalError as error:
-                    if not pause or not _is_busy(error):
-                        raise
-                else:
-                    yield begun
-                    return
+        pauses: Iterator[float] | None = None
+        while True:
+            _gate.enter()
+            try:
+                return begin()
+            except BaseException as error:
+                _gate.leave()
+                pauses = pauses or self._pauses()
+                pause = next(pauses) if isinstance(error, sqlite3.Error) else 0.0
+                if not pause or not _is_busy(error):
+                    raise
             time.sleep(pause)
 
     def _pauses(self) -> Iterator[float]:
@@ -315,12 +325,22 @@ class Database:
             self._level = self._synchronous
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.executescript(self._schema)
+                self._make_schema(connection)
             except BaseException:
                 connection.close()
                 raise
             self._written_by = connection
         return self._written_by
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
+        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} was written by a newer version of periscope-otel (schema {version}, "
+                f"here {SCHEMA_VERSION}): update this one, or use another file"
+            )
+        mark = f"PRAGMA user_version={SCHEMA_VERSION};" if version < SCHEMA_VERSION else ""
+        connection.executescript(f"BEGIN IMMEDIATE;{self._schema};{mark}COMMIT")
 
     @contextmanager
     def _borrowed(self) -> Iterator[sqlite3.Connection]:
@@ -399,7 +419,7 @@ def _file_system_of(folder: Path) -> str:
     return ""
 
 
-def _is_busy(error: sqlite3.Error) -> bool:
+def _is_busy(error: BaseException) -> bool:
     return (getattr(error, "sqlite_errorcode", 0) & 0xFF) == sqlite3.SQLITE_BUSY
 
 
