@@ -8,6 +8,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ import pytest
 from processes import clean_environment
 from redis_servers import RedisServer
 
+from periscope_otel import guard
 from periscope_otel.dead_letter import StoreError, open_store
 from periscope_otel.dead_letter.queue import FILE, MOST_IN_MEMORY, DeadLetterQueue
 
@@ -265,3 +267,84 @@ def total_of(redis: RedisServer) -> int:
     """Return how many letters a server has."""
     with open_store(redis.url) as store:
         return store.stats().total
+
+
+# Whatever interrupts it.
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_an_interrupted_put_is_kept_and_kept_once(written, tmp_path, monkeypatch):
+    """Ctrl-C in the middle of a write gets through, and the letter is in the file in the end."""
+    letter = a_letter()
+    with DeadLetterQueue(tmp_path) as queue:
+        write = queue._write
+
+        def interrupted(letters, **options) -> None:
+            monkeypatch.setattr(queue, "_write", write)
+            if written:
+                write(letters, **options)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(queue, "_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            queue.put([letter])
+        wait_until(lambda: not queue.in_memory)
+        assert ids_of(everything(queue.store)) == [letter.id]
+        assert queue.lost == 0
+
+
+def test_an_error_that_nobody_thought_of_keeps_the_letter(tmp_path, monkeypatch):
+    """It is contained and counted, and the letter waits in memory."""
+    guard.set_strict(False)
+    with DeadLetterQueue(tmp_path) as queue:
+        write = queue._write
+
+        def broken(letters, **options) -> None:
+            monkeypatch.setattr(queue, "_write", write)
+            raise MemoryError
+
+        monkeypatch.setattr(queue, "_write", broken)
+        assert queue.put(some(1)) == "memory"
+        wait_until(lambda: queue.store.stats().total == 1)
+    assert sum(guard.counts().values()) == 1
+
+
+def test_half_a_character_in_memory_holds_nothing_up(tmp_path):
+    """A letter that could not be written as it is does not keep the others in memory."""
+    with DeadLetterQueue(tmp_path) as queue:
+        with held_by_another(tmp_path):
+            assert queue.put([a_letter(key="\udc80"), *some(2)]) == "memory"
+        wait_until(lambda: queue.store.stats().total == 3)
+        assert (queue.in_memory, queue.lost) == (0, 0)
+
+
+def test_a_letter_that_comes_after_the_end_is_written_or_lost_loudly(tmp_path, caplog):
+    """Nobody would empty the memory any more."""
+    queue = DeadLetterQueue(tmp_path)
+    queue.close()
+    assert queue.put(some(1)) == "disk"
+    with held_by_another(tmp_path):
+        assert queue.put(some(1)) == "lost"
+    assert (queue.in_memory, queue.lost) == (0, 1)
+    assert "LOST the dead letter" in caplog.text
+    queue.close()
+
+
+def test_a_flush_waits_for_a_round_that_began_after_it(tmp_path, monkeypatch):
+    """One that was under way may have missed what is to be flushed."""
+    with DeadLetterQueue(tmp_path) as queue:
+        under_way, may_end, rounds = threading.Event(), threading.Event(), []
+
+        def one_round() -> bool:
+            rounds.append(1)
+            under_way.set()
+            may_end.wait(WITHIN)
+            return False
+
+        monkeypatch.setattr(queue, "round", one_round)
+        queue.start()
+        under_way.wait(WITHIN)
+        queue.start_flush()
+        may_end.set()
+        assert queue.wait_flushed(WITHIN)
+        assert len(rounds) >= 2

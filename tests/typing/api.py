@@ -22,6 +22,7 @@ from typing import Any, ParamSpec, TypeVar, assert_type
 from opentelemetry.trace import Span, SpanKind
 
 import periscope_otel as periscope
+from periscope_otel.dead_letter import Letter
 from periscope_otel.patching import Patch
 from periscope_otel.testing import CapturedTelemetry, capture_telemetry
 
@@ -243,6 +244,32 @@ async def use_operations(items: list[str], aitems: AsyncIterator[bytes], span: S
 def returns_after_a_block() -> int:
     with periscope.operation("store"):
         return 1  # a block that might swallow exceptions would make this function return None
+
+
+@periscope.monitored("fetch", dead_letter=True, journal=True, dead_letter_rejected=True)
+def keeps_its_arguments(url: str) -> int:
+    return len(url)
+
+
+@periscope.monitored(dead_letter="urgent", payload=lambda it: it["url"], idempotency_key=str)
+async def keeps_what_it_selects(url: str) -> int:
+    return len(url)
+
+
+async def use_dead_letters() -> None:
+    assert_type(keeps_its_arguments("a"), int)
+    assert_type(await keeps_what_it_selects("a"), int)
+    keeps_its_arguments(1)  # type: ignore[arg-type]
+    with periscope.operation("s", dead_letter="items", payload=[1], idempotency_key="k") as op:
+        assert_type(op.idempotency_key, str | None)
+        op.idempotency_key = "mine"
+        op.idempotency_key = 1  # type: ignore[assignment]
+    with capture_telemetry() as captured:
+        assert_type(captured.letters, list[Letter])
+        assert_type(captured.journal, list[Letter])
+    periscope.monitored(dead_letter=1)  # type: ignore[call-overload]
+    periscope.monitored(dead_letter=True, payload="url")  # type: ignore[call-overload]
+    periscope.monitor_function("vendor:fetch", dead_letter=True, journal=True)
 
 
 def use_testing() -> None:

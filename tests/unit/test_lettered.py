@@ -1076,7 +1076,7 @@ def test_dead_letters_can_be_switched_off(monkeypatch, tmp_path):
         {"dead_letter": True, "payload": "url"},
         {"dead_letter": True, "idempotency_key": "url"},
     ],
-    ids=repr,
+    ids="-".join,
 )
 def test_arguments_of_the_wrong_kind_are_refused(options):
     """At the decorator, with a TypeError, and not at the first failure."""

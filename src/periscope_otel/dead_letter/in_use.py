@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
@@ -29,6 +30,17 @@ if TYPE_CHECKING:
 
 _TRY_AGAIN: Final = 5.0
 """Seconds after which a queue that could not be opened is tried again."""
+
+_FORK_WAIT: Final = 1.0
+
+_NEEDED: Final = (
+    "concurrent.futures.thread",
+    "psutil",
+    "periscope_otel.dead_letter.codecs",
+    "periscope_otel.dead_letter.queue",
+    "periscope_otel.dead_letter.tlp",
+)
+"""What a failure imports."""
 
 MOST_WAITING: Final = 1000
 """Letters that wait in memory until the queue can be opened."""
@@ -196,6 +208,7 @@ class InUse:
         self.queues = {"default"}
         """Those that operations put their letters into: how many they hold is told of from the
         start, not only once this process has put one more."""
+        self._fork = threading.local()  # two threads may fork
         self.captured: LetterBox | None = None
         """What a test has put in place of the queue."""
         self._options: Options | None = None
@@ -249,6 +262,8 @@ class InUse:
         """Take note that an operation keeps dead letters; a finaliser may be what ends it."""
         self.queues.add(queue)
         if not self.wanted:
+            with self._lock:
+                _load()
             self.wanted = True
             self._finish_at_exit()
 
@@ -314,11 +329,30 @@ class InUse:
         worker.finish_posted(1.0)  # operations that finalisers have settled
         self.close()
 
+    def before_fork(self) -> None:
+        """Let a fork wait for what is being imported or opened, for a moment at most.
+
+        A child would wait for ever for a module that a thread of its parent was importing.
+        """
+        self._fork.waited = self._lock.acquire(timeout=_FORK_WAIT)
+
+    def after_fork_in_parent(self) -> None:
+        """Let it go on."""
+        if self._fork.waited:
+            self._lock.release()
+
     def after_fork(self) -> None:
         """Take a new lock in the child; the queue itself knows that it was forked."""
         opened = self._opened
         self._reset()
         self._opened = opened
+
+
+def _load() -> None:
+    """Import what a failure needs now, rather than in the middle of it."""
+    for name in _NEEDED:
+        with suppress(ImportError):  # a platform that it does not work on: said when it is used
+            import_module(name)
 
 
 def _open(options: Options) -> DeadLetterQueue:
@@ -346,4 +380,8 @@ in_use: Final = InUse()
 """That of this process."""
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=in_use.after_fork)
+    os.register_at_fork(
+        before=in_use.before_fork,
+        after_in_parent=in_use.after_fork_in_parent,
+        after_in_child=in_use.after_fork,
+    )
