@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
+import math
+import re
 import uuid
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote
 
 from periscope_otel import guard
-from periscope_otel.dead_letter.errors import DamagedLetterError, StoreError
+from periscope_otel.dead_letter.errors import DamagedLetterError, RefusedError, StoreError
 from periscope_otel.redaction import clean_name
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 Row = TypeVar("Row")
 """A letter as a store has it."""
+
+_QUEUE_NAME = re.compile(r"[A-Za-z0-9._-]{1,100}")
 
 MOST_REPLAYS = 5
 """Failed replays after which a letter is parked."""
@@ -49,7 +53,7 @@ there already and has taken its failure in; or it has been there before, by its 
 
 @dataclass(frozen=True)
 class Filter:
-    """Which letters are meant; what is None does not matter.
+    """Which letters are meant; what is None does not matter, and "" means those that have none.
 
     Example:
         >>> Filter(feed="urlhaus", error_type="ConnectTimeout", states=("dead",))
@@ -107,16 +111,24 @@ class Claim(NamedTuple):
 
 
 class Store(Protocol):
-    """Keeps letters. Every method raises StoreError where the store cannot be used."""
+    """Keeps letters. Every method raises StoreError where the store cannot be used.
+
+    One that is well, but does not take what it is given, raises a RefusedError, which is one, too.
+    """
 
     url: str
     """Where it is, without secrets."""
 
-    def put(self, letters: Sequence[Letter]) -> list[Put]:
+    def put(self, letters: Sequence[Letter], *, revive: bool = False) -> list[Put]:
         """Store letters, all or none; putting one twice stores it once.
+
+        A letter with the payload of one that is there (see `payload_identity`) is taken in by it:
+        its attempts are added, and its error is the letter's unless that failed later. One whose
+        twin is claimed is stored; the twin takes it in when its claim ends without success.
 
         Args:
             letters: Of any queues.
+            revive: Store also those that were removed a moment ago, as an import does.
 
         Returns:
             What became of each.
@@ -125,6 +137,10 @@ class Store(Protocol):
 
     def get(self, letter_id: str, queue: str = "default") -> Letter | None:
         """Return a letter by its id; None if there is none."""
+        ...
+
+    def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
+        """Return those ids of which the store knows nothing: neither there nor removed lately."""
         ...
 
     def list(
@@ -164,10 +180,10 @@ class Store(Protocol):
     def claim(
         self, owner: str, lease: float, limit: int = 1, where: Filter | None = None
     ) -> Sequence[Claim]:
-        """Take letters to replay, first those that came first.
+        """Take letters to replay, in the order in which they came, whenever they were queued.
 
         A letter whose lease has run out, or that is released, is again what it was before: dead
-        or queued.
+        or queued. One whose `not_before` is still to come is left, unless it is asked for by id.
 
         Args:
             owner: Who takes them; one text for each replayer.
@@ -310,9 +326,43 @@ def payload_identity(letter: Letter) -> str:
     """Return what two letters share that hold the same payload, under the same idempotency key.
 
     They have to be for the same operation: a letter for another one is needed for its own replay.
+    They have to have the same marking, too: TLP:RED must not hide in a letter that is TLP:CLEAR.
     """
-    about = repr((letter.key, letter.operation, letter.codec)).encode(errors="replace")
+    marked = (letter.key, letter.operation, letter.codec, letter.tlp)
+    about = repr(marked).encode(errors="replace")
     return hashlib.sha256(about + letter.sha256).hexdigest()[:32]
+
+
+def queue_name(text: str) -> str:
+    """Return a queue's name if it may be one: 1 to 100 of letters, digits, dots, dashes and `_`.
+
+    It is a part of keys, whose hash tag nothing else may end, and is typed in a shell.
+
+    Raises:
+        ValueError: If it may not.
+    """
+    if not _QUEUE_NAME.fullmatch(text):
+        raise ValueError(
+            f"{clean_name(text, 40)!r} is no name of a queue: 1 to 100 of A-Z a-z 0-9 . _ -"
+        )
+    return text
+
+
+def checked_queue(text: str) -> str:
+    """Return a queue's name, for stores.
+
+    Raises:
+        RefusedError: If it may not be one.
+    """
+    try:
+        return queue_name(text)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+
+
+def finite(seconds: float) -> float:
+    """Return a Unix time that stores can sort by; 0 for one that is none."""
+    return seconds if math.isfinite(seconds) else 0.0
 
 
 def resting_state(state: State) -> State:
