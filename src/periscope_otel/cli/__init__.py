@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from periscope_otel.cli import dlq
 from periscope_otel.settings import SETTINGS, SettingsError, load
 from periscope_otel.version import __version__
 
@@ -16,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(dlq.app, name="dlq")
 
 
 def _show_version(wanted: bool) -> None:
