@@ -42,14 +42,12 @@ database must be on the same host computer")."""
 LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
 
-<<<<<<< HEAD
 LONGEST_LOG: Final = 1000
 """Pages of the write-ahead log from which it is begun anew, where commits wait for the disk: one
 that writes over what was there before waits half as long as one that has the file grow."""
-=======
+
 SCHEMA_VERSION: Final = 1
 """Of all tables in a file; one of a greater number was written by a newer version."""
->>>>>>> stores
 
 LONG: Final = 3000
 """Bytes of a blob from which it has a row of its own: with others it would not fit into a page."""
@@ -230,14 +228,9 @@ class Database:
     def _begin_log_anew(self, way: str) -> None:
         with self._turn(), _explained(self.path):
             for pause in self._pauses():
-<<<<<<< HEAD
-                with _gate:
-                    query = f"PRAGMA wal_checkpoint({way})"
-=======
                 _gate.enter()
                 try:
-                    query = "PRAGMA wal_checkpoint(TRUNCATE)"
->>>>>>> stores
+                    query = f"PRAGMA wal_checkpoint({way})"
                     ((busy, *_),) = self._writer().execute(query).fetchall()
                 finally:
                     _gate.leave()

@@ -44,6 +44,10 @@ _OF_OWNER: Final = "CREATE INDEX IF NOT EXISTS journal_by_owner ON journal (owne
 _UNREADABLE: Final = "unreadable"
 """The owner of entries that nobody can read: they stay for somebody to look at."""
 
+LONGEST_WAIT: Final = 2.0
+"""Seconds that a payload waits for others who write to the file: a letter may go on in memory, but
+a payload that is not written down is lost with its process."""
+
 _AT_ONCE: Final = 64
 """Entries that one transaction makes letters of."""
 
@@ -78,8 +82,16 @@ class Journal:
         """
         owner = self._owner()
         row = (letter.id, owner, letter.encode())
-        with self._file.database.writing(durable=False) as writing:
-            writing.execute("INSERT OR REPLACE INTO journal VALUES (?, ?, ?)", row)
+        waited_until = time.monotonic() + LONGEST_WAIT
+        while True:
+            try:
+                with self._file.database.writing(durable=False) as writing:
+                    writing.execute("INSERT OR REPLACE INTO journal VALUES (?, ?, ?)", row)
+            except StoreError as error:
+                if not is_busy(error) or time.monotonic() > waited_until:
+                    raise
+            else:
+                return
 
     def remove(self, ids: Sequence[str]) -> None:
         """Forget payloads that are done with.
@@ -107,9 +119,11 @@ class Journal:
         for owner in owners:
             lock = ProcessLock(self._path_of(owner))
             if lock.acquire():
-                adopted += self._adopt_from(owner)
-                lock.path.unlink(missing_ok=True)  # while nobody else can have it
-                lock.release()
+                try:
+                    adopted += self._adopt_from(owner)
+                    lock.path.unlink(missing_ok=True)  # while nobody else can have it
+                finally:
+                    lock.release()
         return adopted
 
     def _owners(self) -> set[str]:
@@ -180,6 +194,11 @@ class Journal:
 
     def _path_of(self, owner: str) -> Path:
         return self._folder / f"{owner}.lock"
+
+
+def is_busy(error: StoreError) -> bool:
+    """Whether a file could not be written to because others were writing to it."""
+    return (getattr(error.__cause__, "sqlite_errorname", "") or "").startswith("SQLITE_BUSY")
 
 
 def _after_fork_in_child() -> None:

@@ -16,14 +16,14 @@ import weakref
 from collections import deque
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeVar
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.bodies import FOLDER as PAYLOADS
 from periscope_otel.dead_letter.bodies import INLINE, BodyFiles
 from periscope_otel.dead_letter.errors import StoreError
 from periscope_otel.dead_letter.forwarder import Forwarder
-from periscope_otel.dead_letter.journal import Journal
+from periscope_otel.dead_letter.journal import Journal, is_busy
 from periscope_otel.dead_letter.letter import STATES
 from periscope_otel.dead_letter.outbox import MOST_LETTERS, Outbox
 from periscope_otel.dead_letter.sqlite_store import SQLiteStore
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("periscope_otel")
 
+_Opened = TypeVar("_Opened")
+
 Where = Literal["disk", "memory", "lost"]
 """Where a letter is once it was put; memory does not survive the process."""
 
@@ -49,6 +51,9 @@ FILE: Final = "dead-letters.db"
 
 BUSY: Final = 0.25
 """Seconds that a letter waits for others who write to the file."""
+
+PATIENCE: Final = 10.0
+"""Seconds that opening the file waits for them."""
 
 BEAT: Final = 0.2
 """Seconds between two rounds of the background thread."""
@@ -103,18 +108,21 @@ class DeadLetterQueue:
         self.store: Store
         """Where the letters end up."""
         if redis_url is None:
-            self._file: SQLiteStore | Outbox = SQLiteStore(
-                path, synchronous="FULL", busy=BUSY, checkpoints=False, largest=largest_file
+            self._file: SQLiteStore | Outbox
+            self._file = self.store = _patiently(
+                lambda: SQLiteStore(
+                    path, synchronous="FULL", busy=BUSY, checkpoints=False, largest=largest_file
+                )
             )
-            self.store, self._forwarder, self._outbox = self._file, None, None
+            self._forwarder, self._outbox = None, None
         else:
-            self._file = self._outbox = Outbox(
-                path, busy=BUSY, checkpoints=False, largest=largest_file
+            self._file = self._outbox = _patiently(
+                lambda: Outbox(path, busy=BUSY, checkpoints=False, largest=largest_file)
             )
             self.store = open_store(redis_url)
             self._forwarder = Forwarder(self._outbox, self.store, clock)
         self.bodies = BodyFiles(self.folder / PAYLOADS, largest_inline)
-        self._journal = Journal(self._file)
+        self._journal = _patiently(lambda: Journal(self._file))
         self._on_lost = on_lost
         self._clock = clock
         self._queues = {"default"} if queues is None else queues
@@ -462,6 +470,17 @@ def _encodable(letter: Letter) -> Letter:
 
 def _whole(text: str) -> str:
     return text.encode(errors="replace").decode()
+
+
+def _patiently(opened: Callable[[], _Opened]) -> _Opened:
+    """Open what others may be writing to just now: that is no reason to refuse the folder."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return opened()
+        except StoreError as error:
+            if not is_busy(error) or time.monotonic() > deadline:
+                raise
 
 
 def _count(letters: Sequence[Letter], where: Where) -> None:
