@@ -40,11 +40,15 @@ local function fetch(id)
     return x
 end
 
-local function save(x)
+local function packed(x)
     local values = {}
     for i, name in ipairs(FIELDS) do values[i] = x[name] end
     for _, value in ipairs(x.added or {}) do values[#values + 1] = value end
-    redis.call('HSET', P .. 'l:' .. x.id, 'x', cmsgpack.pack(values))
+    return cmsgpack.pack(values)
+end
+
+local function save(x)
+    redis.call('HSET', P .. 'l:' .. x.id, 'x', packed(x))
 end
 
 local function count(hash, field, change)
