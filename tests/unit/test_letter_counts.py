@@ -78,8 +78,8 @@ def test_the_outbox_is_told_of_while_the_store_is_away(counts, clock):
     """Its snapshot has an age of its own."""
     counts.take({"a": Depth({"dead": 3}, 1.0)})
     clock.now += FRESH + 1
-    counts.take_outbox(OutboxDepth(5, 2.0))
-    assert (counts.depths(), counts.outbox()) == ({}, OutboxDepth(5, 2.0))
+    counts.take_outbox(OutboxDepth(5, 2.0, {"default": 5}))
+    assert (counts.depths(), counts.outbox()) == ({}, OutboxDepth(5, 2.0, {"default": 5}))
     clock.now += FRESH + 1
     assert counts.outbox() is None
 
@@ -149,7 +149,7 @@ def test_every_number_has_its_instrument(monkeypatch):
         letter_counts.take(
             {"a": Depth({"dead": 3, "parked": 1}, now - 100), "b": Depth({"dead": 0}, None)}
         )
-        letter_counts.take_outbox(OutboxDepth(7, now - 50))
+        letter_counts.take_outbox(OutboxDepth(7, now - 50, {"default": 7}))
         told = points()
     assert told[names.DEAD_LETTER_PUTS.name] == {("a", "disk"): 4}
     assert told[names.DEAD_LETTER_REPLAYS.name] == {("a", "succeeded"): 3}

@@ -55,6 +55,11 @@ class Forwarder:
         self._failures = 0
         self._not_before = 0.0
 
+    @property
+    def is_well(self) -> bool:
+        """Whether the store has answered, the last time that it was asked."""
+        return self._failures == 0
+
     def release(self) -> None:
         """Let another process forward."""
         self._lock.release()

@@ -64,18 +64,19 @@ CREATE INDEX IF NOT EXISTS outbox_taken ON outbox (taken_at) WHERE taken_at IS N
 CREATE TABLE IF NOT EXISTS outbox_blobs (seq INTEGER PRIMARY KEY, letter BLOB NOT NULL) STRICT;
 -- How many wait, counted as they come and go.
 CREATE TABLE IF NOT EXISTS outbox_count (
-    one INTEGER PRIMARY KEY CHECK (one = 1), waiting INTEGER NOT NULL
-) STRICT;
-INSERT OR IGNORE INTO outbox_count VALUES (1, 0);
+    queue TEXT PRIMARY KEY, waiting INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
 CREATE TRIGGER IF NOT EXISTS outbox_added AFTER INSERT ON outbox BEGIN
-    UPDATE outbox_count SET waiting = waiting + 1;
+    INSERT INTO outbox_count VALUES (new.queue, 1)
+    ON CONFLICT DO UPDATE SET waiting = waiting + 1;
 END;
 CREATE TRIGGER IF NOT EXISTS outbox_moved AFTER UPDATE OF taken_at ON outbox
 WHEN (old.taken_at IS NULL) <> (new.taken_at IS NULL) BEGIN
-    UPDATE outbox_count SET waiting = waiting + iif(new.taken_at IS NULL, 1, -1);
+    UPDATE outbox_count SET waiting = waiting + iif(new.taken_at IS NULL, 1, -1)
+    WHERE queue = old.queue;
 END;
 CREATE TRIGGER IF NOT EXISTS outbox_removed AFTER DELETE ON outbox BEGIN
-    UPDATE outbox_count SET waiting = waiting - (old.taken_at IS NULL);
+    UPDATE outbox_count SET waiting = waiting - (old.taken_at IS NULL) WHERE queue = old.queue;
     DELETE FROM outbox_blobs WHERE seq = old.seq;
 END;
 -- What can no longer be read, for somebody to look at; it must not hold the others up.
@@ -248,11 +249,14 @@ class Outbox:
         It costs the same however many there are.
         """
         ((letters, oldest),) = self.database.read(
-            "SELECT waiting, "
+            "SELECT (SELECT ifnull(sum(waiting), 0) FROM outbox_count), "
             "(SELECT put_at FROM outbox WHERE taken_at IS NULL ORDER BY seq LIMIT 1)"
-            " FROM outbox_count"
         )
         return Waiting(letters, oldest)
+
+    def waiting_by_queue(self) -> dict[str, int]:
+        """Return how many letters of each queue the store has not taken; as cheap as `waiting`."""
+        return dict(self.database.read("SELECT queue, waiting FROM outbox_count"))
 
     def close(self) -> None:
         """Close the file."""

@@ -26,8 +26,9 @@ from periscope_otel.dead_letter.forwarder import Forwarder
 from periscope_otel.dead_letter.journal import Journal, is_busy
 from periscope_otel.dead_letter.letter import STATES
 from periscope_otel.dead_letter.outbox import MOST_LETTERS, Outbox
+from periscope_otel.dead_letter.redis_store import RedisStore
 from periscope_otel.dead_letter.sqlite_store import SQLiteStore
-from periscope_otel.dead_letter.store import open_store
+from periscope_otel.dead_letter.switching import move_what_is_left
 from periscope_otel.dead_letter.threads import in_a_thread
 from periscope_otel.telemetry.letter_counts import Depth, OutboxDepth, letter_counts
 
@@ -68,6 +69,8 @@ LARGEST_FILE: Final = 1 << 30
 """Bytes that the file may grow to, unless another size is asked for."""
 
 
+_IN_STORE: Final = tuple(state for state in STATES if state != "pending")
+
 _ENDED: Final = "the queue was closed before it could be written"
 
 
@@ -105,6 +108,7 @@ class DeadLetterQueue:
     ) -> None:
         self.folder = Path(folder).absolute()  # the working directory may change
         path = self.folder / FILE
+        self._redis: RedisStore | None = None
         self.store: Store
         """Where the letters end up."""
         if redis_url is None:
@@ -119,7 +123,7 @@ class DeadLetterQueue:
             self._file = self._outbox = _patiently(
                 lambda: Outbox(path, busy=BUSY, checkpoints=False, largest=largest_file)
             )
-            self.store = open_store(redis_url)
+            self.store = self._redis = RedisStore(redis_url)
             self._forwarder = Forwarder(self._outbox, self.store, clock)
         self.bodies = BodyFiles(self.folder / PAYLOADS, largest_inline)
         self._journal = _patiently(lambda: Journal(self._file))
@@ -225,7 +229,7 @@ class DeadLetterQueue:
         if now >= self._next_look:
             self._next_look = now + LOOK
             self._look_around()
-        more = self._write_out_memory()
+        more = self._write_out_memory() or self._move_what_is_left()
         if self._forwarder is not None:
             more = self._forwarder.round() or more
         return more
@@ -280,6 +284,7 @@ class DeadLetterQueue:
         self._memory_size = 0
         self._in_hand = 0
         self._flushes = 0
+        self._has_switched = self._has_advised = False
         self._done_with: list[str] = []
         self._next_beat = self._next_look = 0.0
         self._wake = threading.Event()
@@ -325,8 +330,27 @@ class DeadLetterQueue:
             self._journal.adopt()
         with guard.contained("dead letter figures"), suppress(StoreError):
             letter_counts.take_outbox(self._outbox_depth())
-        with guard.contained("dead letter figures"), suppress(StoreError):
-            letter_counts.take(self._depths())  # not to be had while the store is away
+        if self._forwarder is None or self._forwarder.is_well:  # else it is left alone
+            with guard.contained("dead letter figures"), suppress(StoreError):
+                letter_counts.take(self._depths())
+                self._advise()
+
+    def _move_what_is_left(self) -> bool:
+        """Take over what is in the file from before a Redis was switched on or off."""
+        if self._has_switched:
+            return False
+        with guard.contained("dead letter switch"), suppress(StoreError):
+            more = move_what_is_left(self._file)
+            self._has_switched = not more
+            return more
+        return False
+
+    def _advise(self) -> None:
+        """Say once what about the store may lose letters."""
+        if self._redis is not None and not self._has_advised:
+            self._has_advised = True
+            for advice in self._redis.advice():
+                logger.warning("dead letters in %s: %s", self.store.url, advice)
 
     def _forget_again(self) -> None:
         """Take out of the journal what could not be taken out when it was done with."""
@@ -345,12 +369,14 @@ class DeadLetterQueue:
         depths = {}
         for queue in tuple(self._queues):
             stats = self.store.stats(queue)
-            letters: dict[str, int] = {state: stats.by_state.get(state, 0) for state in STATES[1:]}
+            letters: dict[str, int] = {one: stats.by_state.get(one, 0) for one in _IN_STORE}
             depths[queue] = Depth(letters, stats.oldest)
         return depths
 
     def _outbox_depth(self) -> OutboxDepth | None:
-        return None if self._outbox is None else OutboxDepth(*self._outbox.waiting())
+        if self._outbox is None:
+            return None
+        return OutboxDepth(*self._outbox.waiting(), self._outbox.waiting_by_queue())
 
     def _keep_in_memory(self, letters: Sequence[Letter], why: BaseException) -> Where:
         told = str(why) if isinstance(why, StoreError) else type(why).__name__

@@ -33,6 +33,8 @@ class OutboxDepth(NamedTuple):
     letters: int
     oldest: float | None
     """Unix time at which the oldest of them was put."""
+    by_queue: Mapping[str, int]
+    """How many of each queue."""
 
 
 class LetterCounts:

@@ -34,9 +34,14 @@ def create_letter_instruments(meter: Meter) -> None:
 def _letters() -> Iterator[Observation]:
     for queue, depth in letter_counts.depths().items():
         for state, letters in depth.letters.items():
-            yield Observation(
-                letters, {names.DEAD_LETTER_QUEUE: queue, names.DEAD_LETTER_STATE: state}
-            )
+            yield _in_state(letters, queue, state)
+    if (outbox := letter_counts.outbox()) is not None:
+        for queue, letters in outbox.by_queue.items():
+            yield _in_state(letters, queue, "pending")
+
+
+def _in_state(letters: int, queue: str, state: str) -> Observation:
+    return Observation(letters, {names.DEAD_LETTER_QUEUE: queue, names.DEAD_LETTER_STATE: state})
 
 
 def _puts() -> Iterator[Observation]:
