@@ -327,7 +327,7 @@ class RedisStore:
         """
         from redis.exceptions import ResponseError
 
-        told: dict[str, Any] = {}
+        told: dict[Any, Any] = {}
         with self._talking() as client:
             for section in ("memory", "persistence"):
                 with suppress(ResponseError):  # such as for a user who may not ask
@@ -404,7 +404,7 @@ def _kind_of(error: BaseException) -> type[StoreError]:
     return RefusedError if about_this else StoreError
 
 
-def _advice(told: dict[str, Any]) -> Sequence[str]:
+def _advice(told: dict[Any, Any]) -> Sequence[str]:
     advice: list[str] = []
     policy = told.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
