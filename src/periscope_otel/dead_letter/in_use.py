@@ -32,6 +32,7 @@ _TRY_AGAIN: Final = 5.0
 """Seconds after which a queue that could not be opened is tried again."""
 
 _FORK_WAIT: Final = 1.0
+_EXIT_WAIT: Final = 2.0
 
 _NEEDED: Final = (
     "concurrent.futures.thread",
@@ -255,17 +256,15 @@ class InUse:
                 if self._waiting is not None:
                     self._waiting.move_to(queue)
                 self._opened = queue
-                self._finish_at_exit()
             return self._opened
 
     def want(self, queue: str) -> None:
-        """Take note that an operation keeps dead letters; a finaliser may be what ends it."""
+        """Take note that an operation keeps dead letters in a queue."""
         self.queues.add(queue)
         if not self.wanted:
             with self._lock:
                 _load()
             self.wanted = True
-            self._finish_at_exit()
 
     def box(self) -> LetterBox:
         """Return what takes letters: the memory, for as long as the queue cannot be opened."""
@@ -286,7 +285,6 @@ class InUse:
             waiting, first = self._waiting, self._waiting is None
             if waiting is None:
                 waiting = self._waiting = _Waiting(self.options)
-                self._finish_at_exit()
         if why is not None:
             guard.warn("dead letter folder", "dead letters are kept in memory: %s", why)
         if first:
@@ -321,12 +319,15 @@ class InUse:
         if opened is not None:
             opened.close(timeout)
 
-    def _finish_at_exit(self) -> None:
-        atexit.unregister(self._at_exit)
-        atexit.register(self._at_exit)
-
-    def _at_exit(self) -> None:
+    def at_exit(self) -> None:
+        """Write out and send what there is, where `shutdown` has not done it."""
+        if not self.wanted and self._opened is None:
+            return
         worker.finish_posted(1.0)  # operations that finalisers have settled
+        opened = self._opened
+        if opened is not None:
+            opened.start_flush()
+            opened.wait_flushed(_EXIT_WAIT)
         self.close()
 
     def before_fork(self) -> None:
@@ -378,6 +379,9 @@ def _open(options: Options) -> DeadLetterQueue:
 
 in_use: Final = InUse()
 """That of this process."""
+
+# Now, and so before `configure()` registers what it does at the end: that comes first then.
+atexit.register(in_use.at_exit)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
