@@ -213,6 +213,7 @@ class InUse:
         self.captured: LetterBox | None = None
         """What a test has put in place of the queue."""
         self._options: Options | None = None
+        self._usable: Options | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -228,21 +229,35 @@ class InUse:
 
     @property
     def options(self) -> Options:
-        """Where letters go, by `configure()` or else by the environment."""
+        """Where letters go, by `configure()` or else by the environment.
+
+        Raises:
+            SettingsError: If a variable does not fit.
+        """
         if self._options is None:
-            self._options = _from_environment()
+            self._options = options_of(load({}))
         return self._options
+
+    @property
+    def usable(self) -> Options:
+        """Those options without the variables that do not fit: operations have to go on."""
+        if self._options is None and self._usable is None:
+            try:
+                return self.options
+            except SettingsError:
+                self._usable = _from_environment()
+        return self._options or self._usable or self.options
 
     @property
     def enabled(self) -> bool:
         """Whether letters are kept at all."""
-        return self.captured is not None or self.options.enabled
+        return self.captured is not None or self.usable.enabled
 
     def configure(self, options: Options | None) -> None:
         """Use another place from now on; None for what the environment says."""
         self.close()
         with self._lock:
-            self._options = options
+            self._options, self._usable = options, None
 
     def queue(self) -> DeadLetterQueue:
         """Return the queue, opened now if it is not yet.
@@ -252,7 +267,7 @@ class InUse:
         """
         with self._lock:
             if self._opened is None:
-                queue = _open(self.options)
+                queue = _open(self.usable)
                 if self._waiting is not None:
                     self._waiting.move_to(queue)
                 self._opened = queue
@@ -284,7 +299,7 @@ class InUse:
                     self._failed_at, why = now, error
             waiting, first = self._waiting, self._waiting is None
             if waiting is None:
-                waiting = self._waiting = _Waiting(self.options)
+                waiting = self._waiting = _Waiting(self.usable)
         if why is not None:
             guard.warn("dead letter folder", "dead letters are kept in memory: %s", why)
         if first:
