@@ -11,6 +11,7 @@ import pytest
 from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use
 from periscope_otel.telemetry.current import current
+from periscope_otel.telemetry.letter_counts import letter_counts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +42,7 @@ def dead_letters_stay_in_the_test(tmp_path_factory) -> Iterator[None]:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
         yield
         in_use.configure(None)
+        letter_counts.clear()
 
 
 def pytest_configure() -> None:

@@ -496,7 +496,7 @@ class LetteredOperation(Operation):
 
         carried = {
             name: redact(clean_name(value, _LONGEST_HEADER))
-            for name in in_use.options.headers
+            for name in in_use.usable.headers
             if (value := baggage.get_baggage(name, self.context)) is not None
         }
         return Origin(
@@ -631,5 +631,5 @@ def _put(letters: Sequence[Letter], *, journalled: bool = False) -> None:
         from periscope_otel.dead_letter.queue import lose
 
         for letter in letters:
-            lose(letter, "internal", "an error of the plugin's own", in_use.options.on_lost)
+            lose(letter, "internal", "an error of the plugin's own", in_use.usable.on_lost)
         raise

@@ -179,6 +179,18 @@ def test_the_end_of_the_process_moves_what_it_can(redis, tmp_path):
     assert kept_in(redis.url) == PLAIN
 
 
+def test_without_configure_the_end_of_the_process_does_it_too(redis, tmp_path):
+    """By the environment alone."""
+    run("failing", "plain", env={"XDG_STATE_HOME": str(tmp_path), "PERISCOPE_REDIS_URL": redis.url})
+    assert kept_in(redis.url) == PLAIN
+
+
+def test_the_end_moves_letters_that_nobody_expected_at_configure(redis, tmp_path):
+    """The order in which parts were set up does not matter."""
+    run("failing", "late", str(tmp_path / "data"), redis.url)
+    assert len(letters_of(redis.url, "late")) == 1
+
+
 def test_the_end_of_the_process_is_not_held_up_by_redis(redis, tmp_path):
     """What a server that hangs does not take stays in the outbox, and arrives later."""
     redis.pause()

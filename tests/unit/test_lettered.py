@@ -1048,7 +1048,8 @@ def test_settings_that_cannot_be_read_do_not_break_the_call(captured_telemetry, 
     with periscope.operation("s", dead_letter=True) as op:
         op.failed("item")
     assert payloads(captured_telemetry.letters) == ["item"]
-    assert str(in_use.options.folder) == "/nowhere/at/all"
+    assert str(in_use.usable.folder) == "/nowhere/at/all"
+    in_use.configure(None)
 
 
 def test_dead_letters_can_be_switched_off(monkeypatch, tmp_path):

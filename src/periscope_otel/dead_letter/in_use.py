@@ -32,6 +32,7 @@ _TRY_AGAIN: Final = 5.0
 """Seconds after which a queue that could not be opened is tried again."""
 
 _FORK_WAIT: Final = 1.0
+_EXIT_WAIT: Final = 2.0
 
 _NEEDED: Final = (
     "concurrent.futures.thread",
@@ -212,6 +213,7 @@ class InUse:
         self.captured: LetterBox | None = None
         """What a test has put in place of the queue."""
         self._options: Options | None = None
+        self._usable: Options | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -227,21 +229,35 @@ class InUse:
 
     @property
     def options(self) -> Options:
-        """Where letters go, by `configure()` or else by the environment."""
+        """Where letters go, by `configure()` or else by the environment.
+
+        Raises:
+            SettingsError: If a variable does not fit.
+        """
         if self._options is None:
-            self._options = _from_environment()
+            self._options = options_of(load({}))
         return self._options
+
+    @property
+    def usable(self) -> Options:
+        """Those options without the variables that do not fit: operations have to go on."""
+        if self._options is None and self._usable is None:
+            try:
+                return self.options
+            except SettingsError:
+                self._usable = _from_environment()
+        return self._options or self._usable or self.options
 
     @property
     def enabled(self) -> bool:
         """Whether letters are kept at all."""
-        return self.captured is not None or self.options.enabled
+        return self.captured is not None or self.usable.enabled
 
     def configure(self, options: Options | None) -> None:
         """Use another place from now on; None for what the environment says."""
         self.close()
         with self._lock:
-            self._options = options
+            self._options, self._usable = options, None
 
     def queue(self) -> DeadLetterQueue:
         """Return the queue, opened now if it is not yet.
@@ -251,21 +267,19 @@ class InUse:
         """
         with self._lock:
             if self._opened is None:
-                queue = _open(self.options)
+                queue = _open(self.usable)
                 if self._waiting is not None:
                     self._waiting.move_to(queue)
                 self._opened = queue
-                self._finish_at_exit()
             return self._opened
 
     def want(self, queue: str) -> None:
-        """Take note that an operation keeps dead letters; a finaliser may be what ends it."""
+        """Take note that an operation keeps dead letters in a queue."""
         self.queues.add(queue)
         if not self.wanted:
             with self._lock:
                 _load()
             self.wanted = True
-            self._finish_at_exit()
 
     def box(self) -> LetterBox:
         """Return what takes letters: the memory, for as long as the queue cannot be opened."""
@@ -285,8 +299,7 @@ class InUse:
                     self._failed_at, why = now, error
             waiting, first = self._waiting, self._waiting is None
             if waiting is None:
-                waiting = self._waiting = _Waiting(self.options)
-                self._finish_at_exit()
+                waiting = self._waiting = _Waiting(self.usable)
         if why is not None:
             guard.warn("dead letter folder", "dead letters are kept in memory: %s", why)
         if first:
@@ -321,12 +334,15 @@ class InUse:
         if opened is not None:
             opened.close(timeout)
 
-    def _finish_at_exit(self) -> None:
-        atexit.unregister(self._at_exit)
-        atexit.register(self._at_exit)
-
-    def _at_exit(self) -> None:
+    def at_exit(self) -> None:
+        """Write out and send what there is, where `shutdown` has not done it."""
+        if not self.wanted and self._opened is None:
+            return
         worker.finish_posted(1.0)  # operations that finalisers have settled
+        opened = self._opened
+        if opened is not None:
+            opened.start_flush()
+            opened.wait_flushed(_EXIT_WAIT)
         self.close()
 
     def before_fork(self) -> None:
@@ -378,6 +394,9 @@ def _open(options: Options) -> DeadLetterQueue:
 
 in_use: Final = InUse()
 """That of this process."""
+
+# Now, and so before `configure()` registers what it does at the end: that comes first then.
+atexit.register(in_use.at_exit)
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(

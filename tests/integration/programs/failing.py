@@ -131,6 +131,12 @@ def _told() -> list[str]:
     ]
 
 
+def late() -> None:
+    """Ask for dead letters only after `configure()`."""
+    with periscope.operation("rows", dead_letter="late") as op:
+        op.failed("item")
+
+
 def wait() -> None:
     plain()
     print("failed", flush=True)
