@@ -35,10 +35,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from periscope_otel.dead_letter import Claim, Filter, Letter
+from periscope_otel.dead_letter import Claim, Filter, Letter, StoreError
+from periscope_otel.dead_letter.errors import RefusedError
 from periscope_otel.dead_letter.identity import LetterIds, content_key
 from periscope_otel.dead_letter.letter import STATES, pack
-from periscope_otel.dead_letter.store import MOST_LEASES, MOST_REPLAYS
+from periscope_otel.dead_letter.store import MOST_LEASES, MOST_REPLAYS, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -225,6 +226,29 @@ class StoreConformance:
         assert everything(store) == []
         assert ids_of(everything(store, Filter(queue="other"))) == [letter.id]
 
+    def test_missing_letters(self, store):
+        """Missing are the ids of which a store knows nothing, in the queue that is asked about."""
+        there, merged, gone, elsewhere = a_letter(b"x"), a_letter(b"x"), a_letter(), a_letter()
+        store.put([there, merged, gone, elsewhere.changed(queue="other")])
+        store.purge(Filter(ids=(gone.id,)), dry_run=False)
+        strangers = [_IDS.new() for _ in range(1200)]
+        asked = [there.id, strangers[0], merged.id, gone.id, elsewhere.id, *strangers[1:]]
+        assert sorted(store.missing(asked)) == sorted([*strangers, elsewhere.id])
+        assert store.missing([elsewhere.id, there.id], "other") == [there.id]
+        assert list(store.missing([])) == []
+
+    def test_the_same_id_in_two_queues(self, store):
+        """Queues know nothing of each other: a letter may be in each of them under one id."""
+        letter = a_letter()
+        other = letter.changed(queue="other", error_message="other")
+        assert store.put([letter, other, letter, other]) == [*["stored"] * 2, *["known"] * 2]
+        assert store.requeue(Filter()) == 1
+        (claim,) = store.claim("one", LEASE)
+        assert store.settle(claim)
+        assert store.get(letter.id) is None
+        assert store.get(letter.id, "other").error_message == "other"
+        assert store.put([letter, other]) == ["known", "known"]
+
     def test_putting_a_letter_twice_stores_it_once(self, store):
         """A letter that has been put before is known by its id, whatever else it says."""
         letter = a_letter()
@@ -289,15 +313,50 @@ class StoreConformance:
         ids=ascii,
     )
     def test_odd_names(self, store, odd):
-        """Queues, feeds, operations and errors may be called anything, and are told apart."""
+        """Feeds, operations and errors may be called anything, and are told apart."""
         names = {"feed": odd, "operation": odd, "fingerprint": odd, "error_type": odd}
-        letter = a_letter(queue=f"q{odd}", **names)
-        other = a_letter(queue=f"q{odd}", **dict.fromkeys(names, f"{odd}x"))
-        store.put([letter, other, a_letter()])
-        assert ids_of(everything(store, Filter(queue=f"q{odd}", **names))) == [letter.id]
-        assert store.stats(f"q{odd}").by_state == {"dead": 2}
-        assert store.requeue(Filter(queue=f"q{odd}", **names)) == 1
-        assert ids_of(store.claim("one", LEASE, 9, Filter(f"q{odd}", ("queued",)))) == [letter.id]
+        letter = a_letter(**names)
+        other = a_letter(**dict.fromkeys(names, f"{odd}x"))
+        store.put([letter, other, a_letter(queue="other")])
+        assert ids_of(everything(store, Filter(**names))) == [letter.id]
+        assert store.stats().by_state == {"dead": 2}
+        assert store.requeue(Filter(**names)) == 1
+        assert ids_of(store.claim("one", LEASE, 9, QUEUED)) == [letter.id]
+
+    @pytest.mark.parametrize("name", ["a", "Z", "0", ".", "_-.", "a" * 100, "-1"])
+    def test_names_of_queues(self, store, name):
+        """A queue is called by 1 to 100 letters, digits, dots, dashes and underscores."""
+        assert queue_name(name) == name
+        assert store.put([a_letter(queue=name)]) == ["stored"]
+        assert store.stats(name).total == 1
+        assert store.requeue(Filter(name)) == 1
+        assert len(store.claim("one", LEASE, 9, Filter(name, ("queued",)))) == 1
+
+    @pytest.mark.parametrize(
+        "name", ["", " ", "a b", "a:b", "}a", "{a}", "*", "é", "a\n", "a\0", "a" * 101]
+    )
+    def test_names_of_no_queue(self, store, name):
+        """What may not be a queue's name is an error everywhere, and refuses that letter alone."""
+        with pytest.raises(ValueError, match="name of a queue"):
+            queue_name(name)
+        with pytest.raises(RefusedError, match="name of a queue"):
+            store.put([a_letter(), a_letter(queue=name)])
+        assert store.stats().total == 0
+        where = Filter(name)
+        for call in (
+            lambda: store.get("x", name),
+            lambda: store.missing([], name),
+            lambda: store.stats(name),
+            lambda: store.list(where),
+            lambda: store.requeue(where),
+            lambda: store.park(where),
+            lambda: store.unpark(where),
+            lambda: store.purge(where),
+            lambda: store.purge(where, dry_run=False),
+            lambda: store.claim("one", LEASE, where=where),
+        ):
+            with pytest.raises(StoreError):
+                call()
 
     # --- merging ---------------------------------------------------------------------------------
 
@@ -340,6 +399,98 @@ class StoreConformance:
             (Filter(error_type="E2", fingerprint="f2", since=2000.0), 1),
         ):
             assert len(everything(store, where)) == count
+
+    def test_older_failure_that_comes_late_overwrites_nothing(self, store):
+        """A failure from before the one that is known adds its attempts, and no more."""
+        first = a_letter(b"x", last_failed_at=5000.0, error_message="newer", not_before=7000.0)
+        late = a_letter(
+            b"x",
+            last_failed_at=4000.0,
+            error_type="E",
+            fingerprint="f0",
+            attempts=3,
+            tracestate="b",
+        )
+        assert store.put([first, late]) == ["stored", "merged"]
+        found = store.get(first.id)
+        assert same_but_for_life(first.changed(attempts=4), found)
+        assert found.revision > 1
+        assert ids_of(everything(store, Filter(fingerprint="f1", since=5000.0))) == [first.id]
+        assert store.stats().by_fingerprint == {"f1": 1}
+
+    def test_another_marking_is_not_merged(self, store):
+        """The same payload under another Traffic Light Protocol marking is another letter."""
+        letters = [a_letter(b"x", tlp=tlp) for tlp in (None, "TLP:CLEAR", "TLP:RED")]
+        assert store.put(letters) == ["stored"] * 3
+
+    def test_failed_replay_takes_in_what_came_meanwhile(self, store):
+        """A payload that failed anew during its replay that failed, too, is one letter again."""
+        claim = claimed(store)
+        again = a_letter(claim.letter.payload(), attempts=3, last_failed_at=2000.0)
+        assert store.put([again]) == ["stored"]
+        failed = claim.letter.changed(attempts=2, last_failed_at=3000.0, error_message="replay")
+        assert store.settle(claim, failed)
+        (left,) = everything(store)
+        assert (left.id, left.attempts, left.state) == (claim.letter.id, 5, "dead")
+        assert left.error_message == "replay"
+        assert store.put([again]) == ["known"]
+        assert store.stats().by_state == {"dead": 1}
+        assert store.purge(Filter(ids=(left.id,)), dry_run=False) == 1
+        assert (store.stats().total, store.stats().size) == (0, 0)
+
+    @pytest.mark.parametrize("stack", ["", "File y\n" * 500])
+    def test_letter_that_takes_another_in_has_the_latest_error(self, store, stack):
+        """Of a letter that comes back and one that came meanwhile, the later failure is left."""
+        claim = claimed(store)
+        again = a_letter(
+            claim.letter.payload(),
+            last_failed_at=9000.25,
+            error_type=None,
+            error_message="é",
+            error_stack=stack,
+            fingerprint="f7",
+            tracestate="a=b",
+            not_before=0.5,
+        )
+        store.put([again])
+        assert store.release(claim)
+        (left,) = everything(store)
+        right = claim.letter.with_latest(again.latest()).changed(attempts=2)
+        assert same_but_for_life(right, left)
+        assert left.state == "queued"
+        assert ids_of(everything(store, Filter(states=STATES, fingerprint="f7"))) == [left.id]
+
+    def test_expired_claim_takes_in_what_came_meanwhile(self, store, clock):
+        """Also a claim that runs out leaves one letter of a payload, and a parked one parked."""
+        claim = claimed(store)
+        again = a_letter(claim.letter.payload())
+        store.put([again])
+        assert store.park(Filter(ids=(again.id,))) == 1
+        clock.advance(LEASE + 1)
+        assert list(store.claim("two", LEASE)) == []
+        (left,) = everything(store)
+        assert (left.id, left.state, left.attempts) == (claim.letter.id, "parked", 2)
+
+    def test_purged_letter_can_be_imported(self, store):
+        """Who asks for it gets a letter back that was removed a moment ago."""
+        letter = a_letter()
+        store.put([letter])
+        store.purge(Filter(), dry_run=False)
+        assert store.put([letter]) == ["known"]
+        assert store.put([letter], revive=True) == ["stored"]
+        assert store.put([letter], revive=True) == ["known"]
+        assert ids_of(everything(store)) == [letter.id]
+        (claim,) = store.claim("one", LEASE, where=Filter())
+        store.settle(claim)
+        assert store.put([letter]) == ["known"]
+
+    @pytest.mark.parametrize("when", [float("nan"), float("inf"), float("-inf")])
+    def test_times_that_are_none(self, store, when):
+        """A letter whose times are no numbers is kept, and claimed, like any other."""
+        letter = a_letter(last_failed_at=when, not_before=when)
+        assert store.put([letter]) == ["stored"]
+        assert store.stats().oldest == 0
+        assert ids_of(store.claim("one", LEASE, where=Filter())) == [letter.id]
 
     def test_same_key_but_other_payload_is_not_merged(self, store):
         """A payload is never lost to another one that has the same idempotency key."""
@@ -548,6 +699,28 @@ class StoreConformance:
                 assert ids_of(everything(store, where, limit=4)) == right, names
                 assert store.purge(where) == len(right), names
 
+    def test_filter_for_letters_without_something(self, store):
+        """An empty name in a filter means the letters that have none."""
+        without = a_letter(feed=None, error_type=None)
+        store.put([without, *some(2)])
+        for where in (Filter(feed=""), Filter(error_type=""), Filter(feed="", error_type="")):
+            assert ids_of(everything(store, where)) == [without.id]
+            assert store.purge(where) == 1
+        assert ids_of(store.claim("one", LEASE, 9, Filter(feed=""))) == [without.id]
+
+    def test_pages_of_large_letters(self, store):
+        """However large letters are, pages and claims have as many of them as are asked for."""
+        letters = [a_letter(random.Random(n).randbytes(300_000), feed="a") for n in range(9)]
+        store.put(letters)
+        ids = ids_of(letters)
+        assert ids_of(store.list(Filter(), limit=7).letters) == ids[:7]
+        assert ids_of(everything(store, Filter(feed="a"), limit=4)) == ids
+        assert ids_of(everything(store, limit=4, newest_first=True)) == ids[::-1]
+        assert ids_of(everything(store, Filter(ids=tuple(ids)), limit=4)) == ids
+        assert ids_of(store.claim("one", LEASE, 5, Filter())) == ids[:5]
+        store.requeue(Filter())
+        assert ids_of(store.claim("one", LEASE, 99)) == ids[5:]
+
     def test_filter_by_state(self, store):
         """Letters are found by one state or several; dead ones if nothing is said."""
         dead, waiting, parked = some(3)
@@ -738,6 +911,55 @@ class StoreConformance:
         assert ids_of(store.claim("two", LEASE, 3)) == ids[4:]
         assert list(store.claim("two", LEASE, 3)) == []
         assert store.stats().by_state == {"claimed": 5}
+
+    def test_claims_are_not_in_the_order_of_requeuing(self, store):
+        """What came first is claimed first, also where it was queued last."""
+        letters = some(4)
+        store.put(letters)
+        for place in (2, 0, 3, 1):
+            store.requeue(Filter(ids=(letters[place].id,)))
+        assert ids_of(store.claim("one", LEASE, 2)) == ids_of(letters[:2])
+        assert ids_of(store.claim("one", LEASE, 9)) == ids_of(letters[2:])
+
+    def test_letters_that_are_not_due_are_not_claimed(self, store, clock):
+        """A letter whose `not_before` is to come is left until then, unless asked for by id."""
+        soon, now, late = (
+            a_letter(not_before=clock.now + seconds) for seconds in (100.0, -1.0, 5000.0)
+        )
+        store.put([soon, now, late])
+        assert ids_of(store.claim("one", LEASE, 9, Filter())) == [now.id]
+        assert store.requeue(Filter()) == 2
+        assert list(store.claim("one", LEASE, 9)) == []
+        assert list(store.claim("one", LEASE, 9, QUEUED)) == []
+        assert list(store.claim("one", LEASE, 9, replace(QUEUED, feed="urlhaus"))) == []
+        (claim,) = store.claim("one", LEASE, 9, replace(QUEUED, ids=(late.id,)))
+        assert claim.letter.id == late.id
+        assert store.release(claim)
+        assert list(store.claim("one", LEASE, 9)) == []
+        clock.advance(101)
+        assert ids_of(store.claim("one", LEASE, 9)) == [soon.id]
+        assert store.stats().by_state["queued"] == 1
+
+    def test_failure_says_when_a_letter_is_due_again(self, store, clock):
+        """What a replay, or a further failure, says about the time of the next try counts."""
+        claim = claimed(store)
+        store.settle(claim, claim.letter.changed(not_before=clock.now + 100))
+        other = a_letter(b"x")
+        store.put([other, a_letter(b"x", not_before=clock.now + 100)])
+        assert store.requeue(Filter()) == 2
+        assert list(store.claim("one", LEASE, 9)) == []
+        store.put([a_letter(b"x", not_before=0.0)])
+        assert ids_of(store.claim("one", LEASE, 9)) == [other.id]
+
+    def test_letters_that_are_due_do_not_wait_behind_many_that_are_not(self, store, clock):
+        """However many letters are not due, those behind them that are can be claimed."""
+        store.put(some(300, not_before=clock.now + 100))
+        (last,) = some(1)
+        store.put([last])
+        store.requeue(Filter())
+        assert ids_of(store.claim("one", LEASE)) == [last.id]
+        clock.advance(101)
+        assert len(store.claim("one", LEASE, 250)) >= 100
 
     def test_claims_go_by_their_filter(self, store):
         """A filter says what is claimed; dead letters are claimed where it says so."""
@@ -1134,7 +1356,6 @@ class StoreMachine(RuleBasedStateMachine):
         self.queue = f"q-{uuid.uuid4().hex}"
         self.letters: dict[str, Expected] = {}
         self.removed: list[tuple[Letter, float]] = []
-        self.twinned: set[tuple[int, str | None]] = set()
         self.claims: list[Claim] = []
         self.serial = itertools.count()
 
@@ -1174,13 +1395,8 @@ class StoreMachine(RuleBasedStateMachine):
             if (one.same, one.letter.feed) == (payload, feed) and one.state != "claimed"
         ]
         (answer,) = self.store.put([letter])
-        # A put during a claim makes a second letter of the same payload. Once the two have met, a
-        # store may have lost track of the one that is left, and make another.
-        identity = (payload, feed)
-        same = [one for one in self.letters.values() if (one.same, one.letter.feed) == identity]
-        if answer == "stored" and (not twins or identity in self.twinned):
-            if same:
-                self.twinned.add(identity)
+        if not twins:
+            assert answer == "stored"
             self.letters[letter.id] = Expected(letter, payload)
             return
         assert answer == "merged"
@@ -1240,6 +1456,7 @@ class StoreMachine(RuleBasedStateMachine):
         for one in expired:
             if one.all_leases >= MOST_LEASES > one.leases and self.now(one).state == "parked":
                 one.state = "parked"
+        self.come_back(expired)
         waiting = [one for one in self.letters.values() if one.state == "queued"]
         # A letter whose lease ran out may have lost its place in the queue.
         assert len(claims) == min(limit, len(waiting))
@@ -1289,13 +1506,34 @@ class StoreMachine(RuleBasedStateMachine):
         if how == "success":
             self.forget([one])
         elif how == "release":
-            one.state = self.now(one).state
-            assert one.state in {"dead", "queued"}
+            one.state = "queued"
+            self.come_back([one])
         else:
             one.replays += 1
             one.state = "parked" if one.replays >= MOST_REPLAYS else "dead"
-            attempts = self.now(one).attempts
-            one.letter = one.letter.with_latest(failed.latest()).changed(attempts=attempts)
+            one.letter = one.letter.with_latest(failed.latest())
+            self.come_back([one])
+
+    def come_back(self, ended: list[Expected]) -> None:
+        """Expect one letter of a payload where there was a claim, and one that came meanwhile."""
+        for identity in {(one.same, one.letter.feed) for one in ended}:
+            group = [
+                one
+                for one in self.letters.values()
+                if (one.same, one.letter.feed) == identity and one.state != "claimed"
+            ]
+            if len(group) < 2:
+                continue
+            (left,) = (one for one in group if self.store.get(one.letter.id, self.queue))
+            found = self.now(left)
+            errors = {one.letter.error_message: one.letter for one in group}
+            latest = errors[found.error_message]
+            assert latest.last_failed_at == max(one.letter.last_failed_at for one in group)
+            attempts = sum(one.letter.attempts for one in group)
+            left.letter = left.letter.with_latest(latest.latest()).changed(attempts=attempts)
+            if any(one.state == "parked" for one in group):
+                left.state = "parked"
+            self.forget([one for one in group if one is not left])
 
     def forget(self, gone: list[Expected]) -> None:
         for one in gone:

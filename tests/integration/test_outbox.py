@@ -15,9 +15,17 @@ from processes import clean_environment
 
 from periscope_otel.dead_letter import Filter, StoreError
 from periscope_otel.dead_letter.database import LARGEST_LOG
+from periscope_otel.dead_letter.errors import RefusedError
 from periscope_otel.dead_letter.forwarder import LONGEST_WAIT, Forwarder
 from periscope_otel.dead_letter.locks import ProcessLock
-from periscope_otel.dead_letter.outbox import GRACE, LATEST_CHECK, MOST_LETTERS, Outbox
+from periscope_otel.dead_letter.outbox import (
+    FIRST_RETRY,
+    GRACE,
+    LATEST_CHECK,
+    LONGEST_RETRY,
+    MOST_LETTERS,
+    Outbox,
+)
 from periscope_otel.dead_letter.sqlite_store import SQLiteStore
 
 pytest.register_assert_rewrite("store_conformance")
@@ -51,10 +59,16 @@ class Elsewhere(SQLiteStore):
     """A store that can be away, or can forget."""
 
     away = False
+    refuses: tuple[str, ...] = ()
+    """Ids."""
+    asked = 0
 
-    def put(self, letters: Sequence[Letter]) -> list[Put]:
+    def put(self, letters: Sequence[Letter], *, revive: bool = False) -> list[Put]:
+        self.asked += 1
         if self.away:
             raise StoreError("away")
+        if any(one.id in self.refuses for one in letters):
+            raise RefusedError("refused")
         return super().put(letters)
 
 
@@ -141,6 +155,27 @@ def test_waiting_says_since_when(outbox, clock):
     assert outbox.waiting() == (2, first)
 
 
+def test_waiting_is_counted_and_not_looked_for(outbox, clock):
+    """The count is right after puts, repeated ones, arrivals, refusals and removals."""
+    letters = some(300)
+    outbox.put([*letters, *letters[:9]])
+    outbox.taken(letters[:100])
+    outbox.taken(letters[:100])
+    assert outbox.waiting().letters == 200
+    outbox.refused(letters[0])
+    outbox.refused(letters[150])
+    assert outbox.waiting().letters == 201
+    clock.now += GRACE
+    outbox.let_go(outbox.due())
+    assert outbox.waiting().letters == 201
+    counted = outbox.database.read("SELECT count(*) FROM outbox WHERE taken_at IS NULL")
+    assert counted == [(201,)]
+    plan = outbox.database.read(
+        "EXPLAIN QUERY PLAN SELECT put_at FROM outbox WHERE taken_at IS NULL ORDER BY seq LIMIT 1"
+    )
+    assert "outbox_waiting" in str(plan)
+
+
 def test_batches_are_bounded_in_bytes(outbox):
     """A batch is at most a mebibyte, unless one letter is larger."""
     outbox.put([a_letter(os.urandom(400_000)) for _ in range(4)])
@@ -204,13 +239,134 @@ def test_what_was_put_again_has_a_grace_time_of_its_own(outbox, store, forwarder
 
 def test_a_damaged_letter_holds_no_other_up(outbox, store, forwarder):
     """What cannot be read is set aside, and all others arrive."""
-    letters = some(3)
+    letters = [*some(2), a_letter(os.urandom(5000)), *some(1)]
     outbox.put(letters)
     with outbox.database.writing() as writing:
-        writing.execute("UPDATE outbox SET letter = x'c1' WHERE id = ?", (letters[0].id,))
+        writing.execute("UPDATE outbox SET letter = x'c1' WHERE seq = 1")
+        writing.execute("DELETE FROM outbox_blobs WHERE seq = 3")
     rounds(forwarder)
-    assert ids_of(everything(store)) == ids_of(letters[1:])
-    assert outbox.database.read("SELECT id FROM damaged") == [(letters[0].id,)]
+    assert ids_of(everything(store)) == [letters[1].id, letters[3].id]
+    assert outbox.database.read("SELECT id FROM damaged") == [(letters[0].id,), (letters[2].id,)]
+
+
+def test_that_the_store_took_it_writes_no_payload_anew(outbox):
+    """However large a letter is, to note that it has arrived writes some kilobytes."""
+    outbox.put([a_letter(os.urandom(4 << 20))])
+    log = f"{outbox.database.path}-wal"
+    before = os.stat(log).st_size  # noqa: PTH116
+    outbox.taken(outbox.next())
+    assert os.stat(log).st_size < before + 100_000  # noqa: PTH116
+
+
+# Refused letters.
+
+
+@pytest.mark.parametrize("places", [(0,), (40,), (3, 4, 63, 90), (99,)])
+def test_a_refused_letter_holds_no_other_up(outbox, store, forwarder, places):
+    """Only letters that the store refuses by themselves stay, and all others arrive."""
+    letters = some(100)
+    store.refuses = tuple(letters[place].id for place in places)
+    outbox.put(letters)
+    rounds(forwarder)
+    assert set(ids_of(everything(store))) == set(ids_of(letters)) - set(store.refuses)
+    assert outbox.waiting().letters == len(places)
+    outbox.put(later := some(1))
+    rounds(forwarder)
+    assert store.get(later[0].id)
+
+
+def test_a_refused_letter_is_tried_again_less_and_less_often(outbox, store, forwarder, clock):
+    """After five minutes, then after twice as long each time, and at least once an hour."""
+    (letter,) = some(1)
+    store.refuses = (letter.id,)
+    outbox.put([letter])
+    pauses = []
+    for _ in range(6):
+        rounds(forwarder)
+        asked, began = store.asked, clock.now
+        while store.asked == asked:
+            clock.now += 60
+            rounds(forwarder)
+        pauses.append(clock.now - began)
+    assert pauses == [300, 600, 1200, 2400, 3600, 3600]
+    assert (FIRST_RETRY, LONGEST_RETRY) == (300, 3600)
+    store.refuses = ()
+    clock.now += LONGEST_RETRY
+    rounds(forwarder)
+    assert store.get(letter.id)
+    assert outbox.waiting() == (0, None)
+
+
+def test_refused_letters_say_so_once(outbox, store, forwarder, caplog):
+    """However many are refused, a warning a minute says which and for how long."""
+    letters = some(20)
+    store.refuses = tuple(ids_of(letters))
+    outbox.put(letters)
+    rounds(forwarder)
+    (warning,) = [one for one in caplog.messages if "refused" in one]
+    assert letters[0].id in warning
+    assert "5 minutes" in warning
+
+
+def test_a_queue_that_refuses_holds_no_other_up(outbox, store, forwarder):
+    """What a store took of one queue is noted, whatever it says to another's."""
+    one, other = some(3), some(3, queue="other")
+    store.refuses = tuple(ids_of(one))
+    outbox.put([*one, *other])
+    rounds(forwarder)
+    assert len(everything(store, Filter("other"))) == 3
+    assert outbox.waiting().letters == 3
+
+
+def test_what_was_taken_is_noted_although_the_next_queue_fails(outbox, store, forwarder):
+    """When a store goes away between two queues the first one's letters do not wait any more."""
+    outbox.put([*some(3), *some(3, queue="other")])
+    put = store.put
+
+    def once(letters):
+        store.away = True
+        return SQLiteStore.put(store, letters)
+
+    store.put = once
+    store.put = lambda letters: once(letters) if not store.away else put(letters)
+    assert not forwarder.round()
+    assert outbox.waiting().letters == 3
+
+
+# Looking for letters once more.
+
+
+def test_letters_that_are_there_are_not_sent_again(outbox, store, forwarder, clock):
+    """After the grace time the store is asked by ids, and gets only what it does not know."""
+    letters = some(3)
+    outbox.put(letters)
+    rounds(forwarder)
+    with store.database.writing() as writing:
+        writing.execute("DELETE FROM letters WHERE id = ?", (letters[1].id,))
+    sent: list[str] = []
+    put = store.put
+    store.put = lambda given: sent.extend(ids_of(given)) or put(given)
+    clock.now += GRACE
+    rounds(forwarder)
+    assert sent == [letters[1].id]
+    assert len(everything(store)) == 3
+    assert outbox.database.read("SELECT count(*) FROM outbox") == [(1,)]
+
+
+def test_forgotten_letters_are_sent_again_in_bounded_batches(outbox, store, forwarder, clock):
+    """What a store has forgotten goes there again by the mebibyte."""
+    letters = [a_letter(os.urandom(400_000)) for _ in range(5)]
+    outbox.put(letters)
+    rounds(forwarder)
+    with store.database.writing() as writing:
+        writing.execute("DELETE FROM letters")
+    sizes: list[int] = []
+    put = store.put
+    store.put = lambda given: sizes.append(len(given)) or put(given)
+    clock.now += GRACE
+    rounds(forwarder)
+    assert sizes == [2, 2, 1]
+    assert len(everything(store)) == 5
 
 
 def test_the_log_does_not_grow_for_ever(outbox):

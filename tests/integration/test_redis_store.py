@@ -7,10 +7,12 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 from redis_servers import NoServerError, RedisServer
 
 from periscope_otel.dead_letter import Claim, Filter, StoreError, StoreFullError, open_store
+from periscope_otel.dead_letter.errors import RefusedError
 from periscope_otel.dead_letter.redis_store import RedisStore
 
 pytest.register_assert_rewrite("store_conformance")
@@ -52,6 +54,9 @@ class Clock:
             for key in client.keys("*}:leases"):
                 for letter_id in client.zrange(key, 0, -1):
                     client.zincrby(key, -seconds, letter_id)
+            for key in client.keys("*}:later"):
+                for letter_id in client.zrange(key, 0, -1):
+                    client.zincrby(key, -seconds, letter_id)
             for key in client.keys("*}:gone:*"):
                 client.pexpire(key, max(1, client.pttl(key) - int(seconds * 1000)))
 
@@ -61,8 +66,8 @@ class StoreOfThatTime(RedisStore):
 
     clock: Clock
 
-    def _claim(self, *given: Any) -> Sequence[Claim]:
-        return [self._moved(one) for one in super()._claim(*given)]
+    def _claim(self, *given: Any, **how: Any) -> Sequence[Claim]:
+        return [self._moved(one) for one in super()._claim(*given, **how)]
 
     def renew(self, claim: Claim, lease: float) -> Claim | None:
         renewed = super().renew(claim, lease)
@@ -119,6 +124,64 @@ def test_a_url_that_cannot_be_used_is_an_error() -> None:
         open_store("redis://127.0.0.1:port/0")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("decode_responses=true", "socket_timeout=900", "socket_connect_timeout=900"),
+        *("retry_on_timeout=true", "encoding=utf-16", "encoding_errors=replace", "protocol=3"),
+        "health_check_interval=1&client_name=us&socket_keepalive=yes",
+    ],
+)
+def test_options_in_the_url_do_not_change_ours(tmp_path: Path, option: str) -> None:
+    """Whatever the query of the URL says, letters come back and time is bounded."""
+    letters = some(2, feed="é")
+    own = RedisServer("redis", tmp_path)
+    with own, RedisStore(f"{own.url}?{option}", timeout=0.2) as store:
+        assert store.put(letters) == ["stored"] * 2
+        assert ids_of(everything(store, Filter(feed="é"))) == ids_of(letters)
+        assert store.stats().by_feed == {"é": 2}
+        own.pause()
+        began = time.monotonic()
+        with pytest.raises(StoreError):
+            store.stats()
+        assert time.monotonic() - began < 5
+        own.resume()
+
+
+def test_an_option_that_is_none_is_said_at_once() -> None:
+    """What redis-py takes for no option is an error when the store is opened."""
+    with pytest.raises(StoreError, match="no Redis has such a URL"):
+        open_store("redis://127.0.0.1/0?no_such_option=1")
+
+
+def test_advice(tmp_path: Path) -> None:
+    """A Redis that may lose letters is told of, each thing in a sentence with its remedy."""
+    own = RedisServer("redis", tmp_path)
+    with own, RedisStore(own.url) as store, own.client as client:
+        (disk,) = store.advice()
+        assert "appendonly yes" in disk
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        memory, disk = store.advice()
+        assert "allkeys-lru" in memory
+        assert "noeviction" in memory
+        client.config_set("save", "60 1")
+        assert store.advice() == [memory]
+        client.config_set("save", "")
+        client.execute_command("ACL SETUSER default -config")
+        store.close()
+        memory, unsure = store.advice()
+        assert "does not say" in unsure
+        client.execute_command("ACL SETUSER default -info")
+        assert store.advice() == []
+
+
+def test_a_well_kept_redis_needs_no_advice(tmp_path: Path) -> None:
+    """With an append-only file and without eviction nothing is said."""
+    options = {"appendonly": "yes"}
+    with RedisServer("redis", tmp_path, **options) as own, RedisStore(own.url) as store:
+        assert store.advice() == []
+
+
 def test_a_redis_that_is_away_is_an_error(server: RedisServer, tmp_path: Path) -> None:
     """Refused and unanswered calls are a StoreError soon, and work again when it is back."""
     with RedisServer("redis", tmp_path) as own, RedisStore(own.url, timeout=0.2) as store:
@@ -171,6 +234,77 @@ def test_memory_for_a_letter_is_bounded(store: RedisStore, server: RedisServer) 
             store.put(letters[start : start + 50])
         taken = client.info("memory")["used_memory"] - before
     assert taken <= 1.25 * encoded + 1400 * len(letters)
+
+
+def test_bulk_actions_carry_no_letters(store: RedisStore, server: RedisServer) -> None:
+    """To requeue, park, count and purge letters takes their ids to the client, and no more."""
+    store.put([a_letter(os.urandom(100_000)) for _ in range(20)])
+    with server.client as client:
+        before = client.info("stats")["total_net_output_bytes"]
+        assert store.purge(Filter()) == store.requeue(Filter()) == 20
+        assert store.park(Filter(states=("queued",))) == store.purge(EVERY, dry_run=False) == 20
+        assert client.info("stats")["total_net_output_bytes"] - before < 100_000
+
+
+def test_the_most_frequent_causes_are_told(store: RedisStore) -> None:
+    """Of any number of causes the most frequent thousand are counted out."""
+    store.put([a_letter(fingerprint=f"f{n}") for n in range(1200)])
+    store.put(some(3, fingerprint="f7"))
+    causes = store.stats().by_fingerprint
+    assert len(causes) == 1000
+    assert next(iter(causes.items())) == ("f7", 4)
+    assert store.purge(EVERY, dry_run=False) == 1203
+    assert store.stats().by_fingerprint == store.stats().by_feed == store.stats().by_state == {}
+
+
+def test_what_a_newer_version_keeps_of_a_letter_stays(
+    store: RedisStore, server: RedisServer
+) -> None:
+    """Fields that are behind those that are known here are carried through every change."""
+    (letter,) = some(1)
+    store.put([letter])
+    key = f"periscope:{{default}}:l:{letter.id}"
+    with server.client as client:
+        values = msgspec.msgpack.decode(client.hget(key, "x"))
+        client.hset(key, "x", msgspec.msgpack.encode([*values, "newer", 7]))
+        store.requeue(EVERY)
+        (claim,) = store.claim("one", LEASE)
+        assert store.settle(claim, claim.letter.changed(error_message="new"))
+        assert msgspec.msgpack.decode(client.hget(key, "x"))[len(values) :] == ["newer", 7]
+    assert ids_of(everything(store)) == [letter.id]
+
+
+def test_nothing_is_left_behind(store: RedisStore, server: RedisServer) -> None:
+    """When all letters are gone, the only keys are the tombstones and the number of the last."""
+    store.put([a_letter(not_before=1.0), a_letter(b"x"), a_letter(b"x"), *some(2)])
+    store.requeue(EVERY)
+    for claim in store.claim("one", LEASE, 2):
+        store.put([a_letter(claim.letter.payload(), key=claim.letter.key)])
+        store.settle(claim, claim.letter)
+    store.purge(EVERY, dry_run=False)
+    with server.client as client:
+        left = {key.decode().rpartition("}:")[2].partition(":")[0] for key in client.keys("*")}
+    assert left == {"gone", "seq"}
+
+
+def test_a_refused_letter_is_told_from_an_unwell_server(
+    store: RedisStore, server: RedisServer, tmp_path: Path
+) -> None:
+    """What goes wrong with a letter is a RefusedError; what goes wrong with all of them is not."""
+    (letter,) = some(1)
+    with server.client as client:
+        client.set(f"periscope:{{default}}:l:{letter.id}", "no hash")
+    with pytest.raises(RefusedError):
+        store.put([letter])
+    assert store.put(some(1)) == ["stored"]
+    with RedisServer("redis", tmp_path) as own, RedisStore(own.url) as unwell:
+        for ill in (("REPLICAOF", "127.0.0.1", "1"), ("CONFIG", "SET", "requirepass", "x")):
+            with own.client as client:
+                client.execute_command(*ill)
+            unwell.close()
+            with pytest.raises(StoreError) as raised:
+                unwell.put(some(1))
+            assert not isinstance(raised.value, RefusedError)
 
 
 def test_a_damaged_letter_hides_no_other(store: RedisStore, server: RedisServer) -> None:

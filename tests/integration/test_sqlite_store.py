@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from periscope_otel.dead_letter import (
     AsyncStore,
     DeadLetterError,
     Filter,
+    Store,
     StoreError,
     database,
     open_store,
@@ -46,11 +48,12 @@ from store_conformance import (  # noqa: E402  (its assertions are rewritten fir
     ids_of,
     in_threads,
     queued,
+    same_but_for_life,
     some,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -216,7 +219,13 @@ def test_path_that_cannot_be_a_file_is_an_error(tmp_path, name):
         SQLiteStore(f"{tmp_path}/{name}")
 
 
-@pytest.mark.parametrize("kind", ["nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p", "fuse.glusterfs", "fuse.rclone"),
+        *("fuse.gcsfuse", "beegfs", "gpfs", "afs"),
+    ],
+)
 def test_network_file_system_is_refused(path, monkeypatch, kind):
     """A file on a file system of another machine is refused, and no file is made."""
     monkeypatch.setattr(database, "_file_system_of", lambda _: kind)
@@ -305,6 +314,18 @@ def test_letters_are_put_as_a_part_of_a_transaction(store):
     with store.database.writing() as writing:
         assert store.put_within(writing, [*letters, letters[0]]) == [*["stored"] * 3, "known"]
     assert ids_of(everything(store)) == ids_of(letters)
+
+
+def test_a_file_of_a_newer_version_is_left_alone(path):
+    """Who finds tables of a newer schema says so and changes nothing."""
+    with SQLiteStore(path) as store:
+        assert store.database.read("PRAGMA user_version") == [(1,)]
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version=2")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="newer version"):
+        SQLiteStore(path)
+    assert path.read_bytes() == before
 
 
 # --- others at the same file ---------------------------------------------------------------------
@@ -467,13 +488,14 @@ def test_killed_in_the_middle_of_a_put(path):
     told: dict[str, int] = {}
     for number in range(12):
         program = start(KILLED, path, number)
-        for _ in range(chance.randrange(1, 40)):
-            last = program.stdout.readline()
+        lines = [program.stdout.readline() for _ in range(chance.randrange(1, 40))]
         program.kill()
-        rest, errors = program.communicate(timeout=60)
-        assert (program.returncode, errors) == (-9, "")
-        lines = [line for line in rest.splitlines(keepends=True) if line.endswith("\n")]
-        told[str(number)] = int((lines or [last])[-1])
+        lines += program.stdout  # not by `communicate`, which leaves out what was read ahead
+        errors = program.stderr.read()
+        assert (program.wait(60), errors) == (-9, "")
+        program.stdout.close()
+        program.stderr.close()
+        told[str(number)] = int([line for line in lines if line.endswith("\n")][-1])
     with SQLiteStore(path) as store:
         batches: dict[tuple[str, int], int] = {}
         for one in everything(store, limit=1000):
@@ -582,12 +604,12 @@ def test_other_database_is_left_alone(path):
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
-def test_truncated_file_is_an_error(path, share):
-    """A file that was cut gives StoreErrors, and nothing else."""
+def test_truncated_file_is_an_error(path, share, caplog):
+    """A file that was cut gives StoreErrors, or warnings for its letters, and nothing else."""
     filled(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    assert use(path) > 0
+    assert use(path) > 0 or "damaged" in caplog.text
 
 
 def test_truncated_log_loses_the_last_letters_alone(path, tmp_path):
@@ -650,23 +672,12 @@ def test_flipped_bits_give_the_right_errors_alone(path):
 def damage(path: Path, letter_id: str) -> None:
     """Cut the stored form of a letter."""
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        for table, columns in _blobs(connection).items():
-            for column in columns:
-                connection.execute(
-                    f"UPDATE {table} SET {column} = substr({column}, 1, 40) WHERE id = ?",
-                    (letter_id,),
-                )
+        cut = connection.execute(
+            "UPDATE letters SET letter = substr(letter, 1, 40) WHERE id = ?",
+            (letter_id,),
+        )
+        assert cut.rowcount == 1
         connection.commit()
-
-
-def _blobs(connection: sqlite3.Connection) -> dict[str, list[str]]:
-    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
-    found: dict[str, list[str]] = {}
-    for (table,) in tables:
-        columns = connection.execute(f"PRAGMA table_info({table})").fetchall()
-        if any(column[1] == "id" for column in columns):
-            found[table] = [column[1] for column in columns if column[2] == "BLOB"]
-    return found
 
 
 def test_damaged_letter_is_told(path, store):
@@ -677,6 +688,40 @@ def test_damaged_letter_is_told(path, store):
     with pytest.raises(DeadLetterError):
         store.get(letters[1].id)
     assert store.get(letters[0].id).payload() == letters[0].payload()
+
+
+@pytest.mark.parametrize("column", ["letter", "attempts"])
+def test_column_of_another_type_is_damage(path, store, column):
+    """Where a flipped bit has made a column of another type, that letter is told as damaged."""
+    (letter,) = letters = some(1)
+    store.put(letters)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA writable_schema=ON")
+        connection.execute("UPDATE sqlite_master SET sql = replace(sql, ') STRICT', ')')")
+        connection.execute("PRAGMA writable_schema=RESET")
+        connection.execute(f"UPDATE letters SET {column} = 'x'")
+        connection.commit()
+    with pytest.raises(DeadLetterError):
+        store.get(letter.id)
+    assert everything(store) == []
+
+
+@pytest.mark.parametrize("size", [10, 5000])
+def test_damaged_letter_is_replaced_by_a_good_one(path, store, size):
+    """Where a letter is damaged and its payload fails again, the new letter is in its place."""
+    payload = random.Random(1).randbytes(size)
+    first = a_letter(b"x" * 10, key="k")
+    again = a_letter(b"x" * 10, key="k", attempts=2, headers={"padding": payload.hex()})
+    store.put([first, *some(1)])
+    damage(path, first.id)
+    assert store.put([again]) == ["merged"]
+    found = store.get(first.id)
+    assert same_but_for_life(again.changed(id=first.id, attempts=3), found)
+    assert found.payload() == b"x" * 10
+    assert len(everything(store)) == 2
+    assert store.purge(EVERY, dry_run=False) == 2
+    assert (store.stats().total, store.stats().size) == (0, 0)
+    assert store.database.read("SELECT count(*) FROM letter_blobs") == [(0,)]
 
 
 def test_damaged_letter_does_not_hide_the_rest(path, store):
@@ -778,6 +823,62 @@ def test_url_of_no_store_is_an_error(tmp_path, monkeypatch, url):
     assert list(tmp_path.iterdir()) == []
 
 
+# --- what is written -----------------------------------------------------------------------------
+
+
+def test_a_change_of_state_writes_no_payload_anew(path):
+    """However large a letter is, to queue, claim and give it back writes some kilobytes."""
+    with SQLiteStore(path, checkpoints=False) as store:
+        store.put([a_letter(random.Random(1).randbytes(4 << 20))])
+        before = Path(f"{path}-wal").stat().st_size
+        store.requeue(EVERY)
+        (claim,) = store.claim("one", LEASE)
+        store.settle(claim, claim.letter.changed(error_message="new"))
+        assert Path(f"{path}-wal").stat().st_size < before + 300_000
+
+
+def plans(store: SQLiteStore, call: Callable[[], object]) -> str:
+    """Return how SQLite finds what a call reads or writes."""
+    told: list[str] = []
+    with store.database.writing() as writing:
+        pass
+    writing.set_trace_callback(told.append)
+    with store.database._borrowed() as reading:
+        reading.set_trace_callback(told.append)
+    call()
+    writing.set_trace_callback(None)
+    statements = [one for one in told if " id IN " in one]
+    assert statements
+    return str([store.database.read(f"EXPLAIN QUERY PLAN {one}") for one in statements])
+
+
+@pytest.mark.parametrize("name", ["list", "purge", "requeue", "park", "claim"])
+def test_ids_are_looked_up(store, name):
+    """What names its letters by ids does not look through all others of their state."""
+    store.put(some(5))
+    where = Filter(ids=("a", "b"), feed="urlhaus", fingerprint="f1", since=1.0)
+    calls = {"claim": lambda: store.claim("one", LEASE, 9, where)}
+    plan = plans(store, calls.get(name, lambda: getattr(store, name)(where)))
+    assert "(id=?" in plan
+    assert "letters_by" not in plan.replace("letters_by_lease", "").replace("letters_by_same", "")
+
+
+def test_counts_cost_the_same_with_any_number_of_causes(store):
+    """The most frequent causes are found by an index, and only so many are told."""
+    store.put([a_letter(fingerprint=f"f{n}") for n in range(1200)])
+    store.put(some(3, fingerprint="f7"))
+    causes = store.stats().by_fingerprint
+    assert len(causes) == 1000
+    assert next(iter(causes.items())) == ("f7", 4)
+    plan = store.database.read(
+        "EXPLAIN QUERY PLAN SELECT name, letters FROM letter_counts WHERE queue = ? AND "
+        "kind = 'cause' AND letters > 0 AND name <> '' ORDER BY letters DESC LIMIT 1000",
+        ("default",),
+    )
+    assert "letter_causes" in str(plan)
+    assert "TEMP B-TREE" not in str(plan)
+
+
 # --- around the store ----------------------------------------------------------------------------
 
 
@@ -799,6 +900,35 @@ async def test_asyncio_face(path, clock):
         assert sum(map(len, many)) == 40
         with pytest.raises(AttributeError):
             _ = store.no_such_method
+
+
+async def test_cancelled_claim_is_given_back(path):
+    """Where a coroutine is cancelled while it claims, nobody holds what it would have got."""
+    async with AsyncStore(SQLiteStore(path, busy=30)) as store:
+        queued(store.store, 2)
+        with contextlib.closing(
+            sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        ) as other:
+            other.execute("BEGIN IMMEDIATE")
+            claiming = asyncio.ensure_future(store.claim("one", LEASE, 2))
+            await asyncio.sleep(0)
+            claiming.cancel()
+            await asyncio.sleep(0)
+            other.execute("ROLLBACK")
+        with pytest.raises(asyncio.CancelledError):
+            await claiming
+        assert (await store.stats()).by_state == {"queued": 2}
+        assert len(await store.claim("two", LEASE, 2)) == 2
+
+
+def test_asyncio_face_has_all_methods():
+    """What a store can do, its face for coroutines can, with the same parameters."""
+    for name, method in vars(Store).items():
+        if name.startswith("_") or not callable(method):
+            continue
+        face = getattr(AsyncStore, name)
+        assert inspect.iscoroutinefunction(face)
+        assert inspect.signature(face) == inspect.signature(method)
 
 
 async def test_asyncio_face_does_not_block_the_loop(path):
@@ -882,6 +1012,30 @@ def test_a_transaction_may_be_safer_or_quicker_than_others(path, opened_as):
     base.close()
 
 
+def test_a_thread_that_writes_already_is_told_so(path):
+    """What interrupts a transaction and writes too gets a StoreError at once, and harms nothing."""
+    base = Database(path, TABLE, busy=60)
+
+    def interrupt(*_: object) -> None:
+        with pytest.raises(StoreError, match="already"), base.writing():
+            pass
+        with pytest.raises(StoreError, match="already"):
+            base.close()
+        assert base.read("SELECT count(*) FROM t") == [(0,)]
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with base.writing() as writing:
+            writing.execute("INSERT INTO t (x) VALUES ('a')")
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with base.writing() as writing:
+        writing.execute("INSERT INTO t (x) VALUES ('b')")
+    assert base.read("SELECT x FROM t") == [("a",), ("b",)]
+    base.close()
+
+
 def test_threads_take_turns_at_writing(path):
     """Transactions of threads follow one another; none sees half of another's."""
     base = Database(path, TABLE)
@@ -961,6 +1115,48 @@ thread.join()
 print(json.dumps([status, sorted(x for (x,) in base.read("SELECT x FROM t"))]))
 """
     assert finish(start(code, path, TABLE)) == [0, ["parent"]]
+
+
+FORKED_WHILE_WAITING = """
+import json, os, subprocess, threading, time
+from store_conformance import some
+from periscope_otel.dead_letter.sqlite_store import SQLiteStore
+store = SQLiteStore(sys.argv[1], busy=60)
+# Another process has it, since a child inherits what SQLite knows of its parent's own locks.
+hold = (
+    "import sqlite3, sys; other = sqlite3.connect(sys.argv[1], isolation_level=None);"
+    "other.execute('BEGIN IMMEDIATE'); print('held', flush=True); sys.stdin.read()"
+)
+other = subprocess.Popen(
+    [sys.executable, "-c", hold, sys.argv[1]], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+)
+assert other.stdout.readline() == b"held\\n"
+thread = threading.Thread(target=lambda: store.put(some(1)))
+thread.start()
+while not store.database._is_inside:
+    time.sleep(0.001)
+read, write = os.pipe()
+began = time.monotonic()
+child = os.fork()
+if child == 0:
+    os.read(read, 1)
+    os._exit(0 if store.put(some(1)) == ["stored"] else 1)
+took = time.monotonic() - began
+other.kill()
+other.wait()
+os.write(write, b"x")
+status = os.waitpid(child, 0)[1]
+thread.join()
+print(json.dumps([status, took, store.stats().total]))
+"""
+
+
+@pytest.mark.usefixtures("uncovered")
+def test_fork_while_a_thread_waits_for_another_process(path):
+    """A child forked while its parent waits for the file can write, and the fork does not wait."""
+    status, took, total = finish(start(FORKED_WHILE_WAITING, path))
+    assert (status, total) == (0, 2)
+    assert took < database.FORK_WAIT
 
 
 CLOSED = """

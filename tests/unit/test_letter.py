@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -563,6 +564,23 @@ def test_ids_of_many_threads_are_unique_and_sorted(clock):
         thread.join()
     assert all(mine == sorted(mine) for mine in made)
     assert len({one for mine in made for one in mine}) == 8 * 5000
+
+
+def test_ids_made_by_a_signal_handler_are_others():
+    """A handler that interrupts who makes an id may make one too, and none is made twice."""
+    ids = LetterIds(Clock())
+    handled: list[str] = []
+    before = signal.signal(signal.SIGALRM, lambda *_: handled.append(ids.new()))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+        made = [ids.new() for _ in range(20_000)]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert handled
+    assert made == sorted(made)
+    stamps = {uuid.UUID(one).int >> 64 for one in (*made, *handled)}
+    assert len(stamps) == len(made) + len(handled)
 
 
 def test_ids_of_two_makers_differ():

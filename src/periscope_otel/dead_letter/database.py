@@ -3,41 +3,37 @@
 One connection writes, behind a lock; whoever reads borrows a connection of its own, so that a long
 list holds no writer up. A fork waits a moment for what is under way, since SQLite keeps track of
 locks in the memory of a process, and a child would inherit locks that nobody ever gives back. The
-child opens new connections and leaves the parent's alone (sqlite.org/howtocorrupt.html, 2.6).
+child opens new connections and leaves the parent's alone (sqlite.org/howtocorrupt.html, 2.6). While
+another process writes, this one waits outside of SQLite, where a fork does no harm.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import sqlite3
 import threading
+import time
 import weakref
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from periscope_otel.dead_letter.errors import StoreError, StoreFullError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+Begun = TypeVar("Begun")
 
 _PRIVATE: Final = 0o600
 _NETWORKED: Final = frozenset(
     [
-        "nfs",
-        "nfs4",
-        "cifs",
-        "smb2",
-        "smb3",
-        "smbfs",
-        "afpfs",
-        "ncpfs",
-        "9p",
-        "fuse.sshfs",
-        "fuse.s3fs",
-        "glusterfs",
-        "ceph",
-        "lustre",
+        *("nfs", "nfs4", "cifs", "smb2", "smb3", "smbfs", "afpfs", "ncpfs", "9p", "afs"),
+        *("glusterfs", "ceph", "lustre", "beegfs", "gpfs", "pvfs2", "orangefs", "vboxsf"),
+        *("fuse.sshfs", "fuse.s3fs", "fuse.glusterfs", "fuse.rclone", "fuse.gcsfuse"),
+        *("fuse.goofys", "fuse.blobfuse", "fuse.blobfuse2", "fuse.cephfs", "fuse.ceph-fuse"),
+        *("fuse.juicefs", "fuse.mount-s3", "fuse.moosefs", "fuse.davfs", "davfs"),
     ]
 )
 """File systems on which SQLite's locks do not hold (sqlite.org/wal.html, "All processes using a
@@ -46,8 +42,17 @@ database must be on the same host computer")."""
 LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
 
+SCHEMA_VERSION: Final = 1
+"""Of all tables in a file; one of a greater number was written by a newer version."""
+
+LONG: Final = 3000
+"""Bytes of a blob from which it has a row of its own: with others it would not fit into a page."""
+
 _MOST_IDLE: Final = 8
 """Connections for reading that are kept for the next reader."""
+
+_LONGEST_PAUSE: Final = 0.02
+"""Seconds between two looks whether another process has ended its transaction."""
 
 _FOREVER: Final[list[object]] = []
 """Connections of a parent process, which a child must neither use nor close."""
@@ -61,15 +66,19 @@ class _ForkGate:
         self._inside = 0
         self._forking = False
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
+        """Begin something that no fork should come in between."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._forking, FORK_WAIT)
+            if self._forking:
+                self._changed.wait_for(lambda: not self._forking, FORK_WAIT)
             self._inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
+        """End it."""
         with self._changed:
             self._inside -= 1
-            self._changed.notify_all()
+            if self._forking:
+                self._changed.notify_all()
 
     def before_fork(self) -> None:
         """Let nothing begin, and wait until all that has begun is over, for a second at most."""
@@ -110,7 +119,8 @@ class Database:
 
     Args:
         path: The file; made if it is not there, with its folder, both readable by their user alone.
-        schema: Statements that make it what it is, harmless where it is that already.
+        schema: Statements that make it what it is, harmless where it is that already, each ended by
+            a semicolon; run as one transaction.
         synchronous: `FULL` if what is committed has to survive a power cut, `NORMAL` if the death
             of the process is all that it has to survive.
         busy: Seconds to wait for another process that writes.
@@ -124,6 +134,10 @@ class Database:
 
     _written_by: sqlite3.Connection | None
     _idle: list[sqlite3.Connection]
+    _level: str
+    """How safely the writing connection writes now."""
+    _is_inside: bool
+    """Whether a thread is writing."""
     _lent: set[sqlite3.Connection]
     """Those that somebody reads with now."""
 
@@ -140,8 +154,8 @@ class Database:
         self.path = Path(path).absolute()
         self._schema = schema
         self._synchronous = synchronous
+        self._busy = busy
         self._pragmas = (
-            f"PRAGMA busy_timeout={int(busy * 1000)}",
             f"PRAGMA synchronous={synchronous}",
             f"PRAGMA wal_autocheckpoint={1000 if checkpoints else 0}",
             *(() if largest is None else (f"PRAGMA max_page_count={max(64, largest // 4096)}",)),
@@ -161,49 +175,105 @@ class Database:
                 (NORMAL); by default as the database was opened.
 
         Raises:
-            StoreError: If the file cannot be written to, now or at all.
+            StoreError: If the file cannot be written to, now or at all; or if this thread is
+                writing to it already, as where a signal handler or a finaliser interrupts it.
         """
-        with self._lock, _gate, _explained(self.path):
-            connection = self._writer()
-            with self._synced(connection, durable):
-                connection.execute("BEGIN IMMEDIATE")
-                try:
-                    yield connection
-                    connection.execute("COMMIT")
-                except BaseException:
-                    if connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
+        level = self._synchronous if durable is None else "FULL" if durable else "NORMAL"
+        with self._turn(), _explained(self.path):
+            connection = self._patiently(lambda: self._begin(level))
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+                raise
+            finally:
+                _gate.leave()
 
-    @contextmanager
-    def _synced(self, connection: sqlite3.Connection, durable: bool | None) -> Iterator[None]:
-        """Have the transaction of a block written as safely as is asked for.
-
-        SQLite takes the pragma outside of transactions alone.
-        """
-        wanted = {None: self._synchronous, False: "NORMAL", True: "FULL"}[durable]
-        if wanted == self._synchronous:
-            yield
-            return
-        connection.execute(f"PRAGMA synchronous={wanted}")
-        try:
-            yield
-        finally:
-            connection.execute(f"PRAGMA synchronous={self._synchronous}")
+    def _begin(self, level: str) -> sqlite3.Connection:
+        """Begin a transaction that is written as safely as is asked for."""
+        connection = self._writer()
+        if self._level != level:  # SQLite takes the pragma outside of transactions alone
+            connection.execute(f"PRAGMA synchronous={level}")
+            self._level = level
+        connection.execute("BEGIN IMMEDIATE")
+        return connection
 
     def read(self, query: str, values: Sequence[Any] = ()) -> list[Any]:
         """Return the rows of a query."""
-        with _gate, _explained(self.path), self._borrowed() as connection:
-            return connection.execute(query, values).fetchall()
+
+        def rows() -> list[Any]:
+            with self._borrowed() as connection:
+                return connection.execute(query, values).fetchall()
+
+        with _explained(self.path):
+            found = self._patiently(rows)
+            _gate.leave()
+            return found
 
     def checkpoint(self) -> None:
         """Move what was written into the database, as far as nobody reads or writes it now."""
-        with _gate, _explained(self.path), self._borrowed() as connection:
-            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        self.read("PRAGMA wal_checkpoint(PASSIVE)")
         if self._log_size() > LARGEST_LOG:
             # Readers and writers kept it from being begun anew: now one writer waits for that.
-            with self._lock, _gate, _explained(self.path):
-                self._writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            self._begin_log_anew()
+
+    def _begin_log_anew(self) -> None:
+        with self._turn(), _explained(self.path):
+            for pause in self._pauses():
+                _gate.enter()
+                try:
+                    query = "PRAGMA wal_checkpoint(TRUNCATE)"
+                    ((busy, *_),) = self._writer().execute(query).fetchall()
+                finally:
+                    _gate.leave()
+                if not busy:
+                    return
+                time.sleep(pause)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have other threads wait; this one, if it is inside already, is told so and does not hang.
+
+        The lock lets a thread in again, so that an interruption at any moment gets as far as that.
+        """
+        with self._lock:
+            if self._is_inside:
+                raise StoreError(f"cannot use {self.path}: this thread is writing to it already")
+            self._is_inside = True
+            try:
+                yield
+            finally:
+                self._is_inside = False
+
+    def _patiently(self, begin: Callable[[], Begun]) -> Begun:
+        """Return what a function returns, tried again while another process is at the file.
+
+        The gate is closed then, until it is left by the caller. Between two tries it is open: a
+        fork meets nothing that its child would inherit half done.
+        """
+        pauses: Iterator[float] | None = None
+        while True:
+            _gate.enter()
+            try:
+                return begin()
+            except BaseException as error:
+                _gate.leave()
+                pauses = pauses or self._pauses()
+                pause = next(pauses) if isinstance(error, sqlite3.Error) else 0.0
+                if not pause or not _is_busy(error):
+                    raise
+            time.sleep(pause)
+
+    def _pauses(self) -> Iterator[float]:
+        """Give the seconds to wait between tries, and 0 for the last one."""
+        deadline = time.monotonic() + self._busy
+        pause = 0.001
+        while time.monotonic() < deadline:
+            yield pause * random.uniform(0.5, 1.0)  # noqa: S311
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        yield 0.0
 
     def _log_size(self) -> int:
         try:
@@ -213,7 +283,7 @@ class Database:
 
     def close(self) -> None:
         """Close this process's connections; those in use, when they are given back."""
-        with self._lock:
+        with self._turn():
             if self._written_by is not None:
                 self._written_by.close()
             self._written_by = None
@@ -229,7 +299,9 @@ class Database:
 
     def _reset(self) -> None:
         self._usable = True
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_inside = False
+        self._level = self._synchronous
         self._written_by = None
         self._idle = []
         self._lent = set()
@@ -237,14 +309,25 @@ class Database:
     def _writer(self) -> sqlite3.Connection:
         if self._written_by is None:
             connection = self._connect()
+            self._level = self._synchronous
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
-                connection.executescript(self._schema)
+                self._make_schema(connection)
             except BaseException:
                 connection.close()
                 raise
             self._written_by = connection
         return self._written_by
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
+        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+        if version > SCHEMA_VERSION:
+            raise StoreError(
+                f"{self.path} was written by a newer version of periscope-otel (schema {version}, "
+                f"here {SCHEMA_VERSION}): update this one, or use another file"
+            )
+        mark = f"PRAGMA user_version={SCHEMA_VERSION};" if version < SCHEMA_VERSION else ""
+        connection.executescript(f"BEGIN IMMEDIATE;{self._schema};{mark}COMMIT")
 
     @contextmanager
     def _borrowed(self) -> Iterator[sqlite3.Connection]:
@@ -268,7 +351,9 @@ class Database:
         if not self._usable:
             raise StoreError(f"cannot use {self.path}: forked in the middle of a transaction")
         # The lock, and lending, see to it that no two threads use one at a time.
-        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        connection = sqlite3.connect(
+            self.path, timeout=0, isolation_level=None, check_same_thread=False
+        )
         try:
             for pragma in self._pragmas:
                 connection.execute(pragma)
@@ -319,6 +404,10 @@ def _file_system_of(folder: Path) -> str:
         if str(place) in mounted:
             return mounted[str(place)]
     return ""
+
+
+def _is_busy(error: BaseException) -> bool:
+    return (getattr(error, "sqlite_errorcode", 0) & 0xFF) == sqlite3.SQLITE_BUSY
 
 
 @contextmanager

@@ -19,6 +19,10 @@ class StoreFullError(StoreError):
     """The store has reached its limit; nothing was stored."""
 
 
+class RefusedError(StoreError):
+    """The store is well, and does not take this letter; others it may take."""
+
+
 class PayloadElsewhereError(DeadLetterError):
     """The payload is in a file of another host, which the message names."""
 

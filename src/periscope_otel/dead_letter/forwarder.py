@@ -1,7 +1,8 @@
 """The forwarder: moves letters from the outbox to the store, for all processes that share a file.
 
 One process at a time does it, the one that holds a file lock; if it dies, another takes over where
-it stopped. Every step may be repeated without harm, since a store knows a letter by its id.
+it stopped. Every step may be repeated without harm, since a store knows a letter by its id. A store
+that is unwell is left alone for a while; a single letter that it refuses waits by itself.
 """
 
 from __future__ import annotations
@@ -9,22 +10,30 @@ from __future__ import annotations
 import random
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol, TypeVar
 
 from periscope_otel import guard
-from periscope_otel.dead_letter.errors import DeadLetterError, StoreError
+from periscope_otel.dead_letter.errors import DeadLetterError, RefusedError, StoreError
 from periscope_otel.dead_letter.locks import ProcessLock
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
     from periscope_otel.dead_letter.letter import Letter
-    from periscope_otel.dead_letter.outbox import Outbox
-    from periscope_otel.dead_letter.store import Put, Store
+    from periscope_otel.dead_letter.outbox import Kept, Outbox
+    from periscope_otel.dead_letter.store import Store
 
 SHORTEST_WAIT: Final = 0.5
 LONGEST_WAIT: Final = 30.0
 """Seconds to leave a store alone that failed; doubled each time, with full jitter."""
+
+
+class _InAQueue(Protocol):
+    @property
+    def queue(self) -> str: ...
+
+
+_One = TypeVar("_One", bound=_InAQueue)
 
 
 class Forwarder:
@@ -69,33 +78,64 @@ class Forwarder:
 
     def _forward(self) -> bool:
         letters = self._outbox.next()
-        if letters:
-            self._put(letters)
-            self._outbox.taken(letters)
+        for own in _by_queue(letters):
+            self._put(own)
         return bool(letters)
 
     def _check_again(self) -> bool:
         """Put once more what the store has forgotten, and let go of what it still has."""
-        letters = self._outbox.due()
-        if letters:
-            answers = self._put(letters)  # a store that has one, or has done with it, says so
-            self._outbox.let_go([one for one in letters if answers[one.id] == "known"])
-            # What it had forgotten is as if it had been taken only now.
-            self._outbox.taken([one for one in letters if answers[one.id] != "known"])
-        return bool(letters)
+        due = self._outbox.due()
+        for own in _by_queue(due):
+            self._check(own)
+        return bool(due)
 
-    def _put(self, letters: list[Letter]) -> dict[str, Put]:
-        by_queue: defaultdict[str, list[Letter]] = defaultdict(list)
-        for letter in letters:
-            by_queue[letter.queue].append(letter)
-        answers: dict[str, Put] = {}
-        for own in by_queue.values():
-            found = self._store.put(own)
-            answers |= {letter.id: one for letter, one in zip(own, found, strict=True)}
-        return answers
+    def _check(self, due: Sequence[Kept]) -> None:
+        missing = set(self._store.missing([one.id for one in due], due[0].queue))
+        self._outbox.let_go([one for one in due if one.id not in missing])
+        if forgotten := [one for one in due if one.id in missing]:
+            self._put(self._outbox.read(forgotten))  # what does not fit is due again in a moment
+
+    def _put(self, letters: Sequence[Letter]) -> None:
+        """Put letters of one queue, and note what became of them.
+
+        Where the store refuses them, halves of them are put, so that only those wait which it
+        refuses by themselves.
+        """
+        if not letters:
+            return
+        try:
+            self._store.put(letters)
+        except RefusedError as error:
+            if len(letters) == 1:
+                self._set_back(letters[0], error)
+                return
+            half = len(letters) // 2
+            self._put(letters[:half])
+            self._put(letters[half:])
+        else:
+            self._outbox.taken(letters)
+
+    def _set_back(self, letter: Letter, error: RefusedError) -> None:
+        minutes = self._outbox.refused(letter) / 60
+        guard.warn(
+            "refused letter",
+            "the dead letter %s of queue %s is refused and waits for %.0f minutes: %s",
+            letter.id,
+            letter.queue,
+            minutes,
+            error,
+        )
 
     def _leave_it_alone(self, error: DeadLetterError) -> None:
         self._failures += 1
         longest = min(LONGEST_WAIT, SHORTEST_WAIT * 2 ** min(self._failures, 10))
         self._not_before = self._clock() + random.uniform(SHORTEST_WAIT, longest)  # noqa: S311
         guard.warn("dead letter store", "dead letters wait in the outbox: %s", error)
+
+
+def _by_queue(those: Iterable[_One]) -> Iterable[list[_One]]:
+    """Return letters of several queues as a list for each."""
+    queues: defaultdict[str, list[_One]] = defaultdict(list)
+    for one in those:
+        queues[one.queue].append(one)
+    return queues.values()

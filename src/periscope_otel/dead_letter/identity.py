@@ -39,14 +39,16 @@ class LetterIds:
 
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self._clock = clock
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may interrupt who has it
         self._last = 0
 
     def new(self) -> str:
         """Return the next id, as text."""
         now = self._clock() // 1_000_000 << 12
         with self._lock:
-            self._last = stamp = max(now, self._last + 1)
+            # Without a call, at which a signal handler might come in between.
+            following = self._last + 1
+            self._last = stamp = now if now > following else following  # noqa: FURB136
         random = int.from_bytes(os.urandom(8), "big") & (1 << 62) - 1
         milliseconds, counter = stamp >> 12, stamp & 0xFFF
         number = milliseconds << 80 | 7 << 76 | counter << 64 | 0b10 << 62 | random
@@ -54,7 +56,7 @@ class LetterIds:
 
     def after_fork(self) -> None:
         """Start anew in a child: a thread that it does not have may have held the lock."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
 
 def content_key(operation: str, feed: str | None, sha256: bytes) -> str:

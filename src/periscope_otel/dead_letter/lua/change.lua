@@ -4,7 +4,7 @@ local target, changed = ARGV[1], 0
 local among = {}
 for _, state in ipairs(cmsgpack.unpack(ARGV[2])) do among[state] = true end
 for i = 3, #ARGV do
-    local x = load(ARGV[i])
+    local x = fetch(ARGV[i])
     if x and among[x.state] then
         if target == 'gone' then
             remove(x)
