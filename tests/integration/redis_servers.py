@@ -59,7 +59,7 @@ class RedisServer:
 
     def __init__(self, kind: str, folder: Path, **options: str) -> None:
         self._binary = binary(kind)
-        self._folder = folder
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.port = _free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -84,11 +84,11 @@ class RedisServer:
 
     def start(self) -> Self:
         """Start it, and wait until it answers."""
-        options = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self._folder)}
+        options = {"port": str(self.port), "bind": "127.0.0.1", "dir": str(self.folder)}
         command = [self._binary]
         for name, value in {**options, **self._options}.items():
             command += [f"--{name.replace('_', '-')}", value]
-        with (self._folder / "log").open("ab") as log:
+        with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
@@ -96,7 +96,7 @@ class RedisServer:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise AssertionError((self._folder / "log").read_text())
+                raise AssertionError((self.folder / "log").read_text())
             time.sleep(0.01)
         return self
 
