@@ -13,6 +13,7 @@ import typer
 from periscope_otel.cli.letter_options import mistake
 from periscope_otel.cli.letter_store import NOT_DONE, Place, say, write_json
 from periscope_otel.cli.plain import line
+from periscope_otel.dead_letter.errors import DeadLetterError
 from periscope_otel.dead_letter.interchange import (
     ImportReport,
     export_letters,
@@ -69,6 +70,8 @@ def export(
 
 
 def _standard_output() -> Any:
+    if sys.stdout is None:  # closed before the start
+        raise DeadLetterError("standard output is closed")
     sys.stdout.flush()
     return sys.stdout.buffer
 
@@ -87,6 +90,8 @@ def _to_file(output: str, write_to: Any, *, force: bool) -> int:
 def source(name: str) -> Iterator[IO[bytes]]:
     """Open a file to import from, or standard input."""
     if name == "-":
+        if sys.stdin is None:
+            raise DeadLetterError("standard input is closed")
         yield sys.stdin.buffer
         return
     try:

@@ -24,7 +24,7 @@ from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from periscope_otel.dead_letter.draft import host_name
-from periscope_otel.dead_letter.errors import DamagedLetterError
+from periscope_otel.dead_letter.errors import DamagedLetterError, RefusedError
 from periscope_otel.dead_letter.letter import LONGEST_PAYLOAD, Letter
 from periscope_otel.dead_letter.names import queue_name
 from periscope_otel.redaction import clean_name
@@ -74,7 +74,7 @@ class ImportReport:
     merged: int = 0
     """Taken in by a letter of the same payload that was there."""
     known: int = 0
-    """There already."""
+    """There already, by its id."""
     damaged: int = 0
     """Lines that hold no letter; what is wrong with the first hundred is in `lines`."""
     lines: list[DamagedLine] = field(default_factory=list)
@@ -362,9 +362,9 @@ def import_letters(
 ) -> ImportReport:
     """Put the letters of JSON Lines into a store; those that are there already stay as they are.
 
-    State and failed replays are kept; what somebody had claimed is dead. A line that holds no
-    letter is reported and does not stop the others. An import that was interrupted can be run
-    again.
+    What was removed from there comes back. State and failed replays are kept; what somebody had
+    claimed is dead. A line that holds no letter is reported and does not stop the others. An import
+    that was interrupted can be run again.
 
     Args:
         store: Where they go.
@@ -383,7 +383,7 @@ def import_letters(
         12
     """
     report = ImportReport()
-    waiting: list[Letter] = []
+    waiting: list[tuple[int, Letter]] = []
     size = 0
     for number, line in _lines_of(file, longest_line):
         if line is None:
@@ -394,14 +394,26 @@ def import_letters(
         except DamagedLetterError as error:
             report.refuse(number, str(error))
             continue
-        waiting.append(letter)
+        waiting.append((number, letter))
         size += len(line)
         if len(waiting) == _BATCH or size >= _BATCH_BYTES:
-            report.add(store.put(waiting))
+            _put(store, waiting, report)
             waiting, size = [], 0
     if waiting:
-        report.add(store.put(waiting))
+        _put(store, waiting, report)
     return report
+
+
+def _put(store: Store, waiting: list[tuple[int, Letter]], report: ImportReport) -> None:
+    """Put letters, and find those that the store refuses."""
+    try:
+        report.add(store.put([letter for _, letter in waiting], revive=True))
+    except RefusedError as error:
+        if len(waiting) == 1:
+            report.refuse(waiting[0][0], str(error))
+            return
+        for one in waiting:
+            _put(store, [one], report)
 
 
 def _settled_in(letter: Letter, bodies: BodyFiles | None, queue: str | None) -> Letter:

@@ -55,7 +55,7 @@ class Swept:
     by_number: int = 0
     """The oldest of too many letters."""
     by_size: int = 0
-    """The oldest of letters that took too many bytes."""
+    """The oldest of letters that took too many bytes; about as many in a dry run."""
     archived: int = 0
     """Letters that were written to the archive."""
     kept: int = 0
@@ -148,6 +148,7 @@ class _Sweep:
         self._archive = None if archive is None else Path(archive)
         self._bodies = bodies
         self._dry_run = dry_run
+        self._kept: set[str] = set()
 
     def by_age(self) -> None:
         """Remove what is too old."""
@@ -163,15 +164,26 @@ class _Sweep:
         letters, size = stats.total, stats.size
         if self._dry_run and self._before is not None:
             letters, size = self._without_old(stats)
+        removed = self._removed(letters, size, most_letters, most_bytes)
+        if removed and most_bytes is not None and not self._dry_run:
+            # How large a letter is in its store is estimated, and may have been too much.
+            self.by_limits(None, most_bytes)
+
+    def _removed(
+        self, letters: int, size: int, most_letters: int | None, most_bytes: int | None
+    ) -> int:
+        removed = 0
         for reason, page in self._too_many(letters, size, most_letters, most_bytes):
-            removed = self._remove(page)
-            setattr(self.swept, reason, getattr(self.swept, reason) + removed)
+            gone = self._remove(page)
+            setattr(self.swept, reason, getattr(self.swept, reason) + gone)
+            removed += gone
+        return removed
 
     def _without_old(self, stats: Stats) -> tuple[int, int]:
         """Return how many letters and bytes there would be without those that are too old."""
         where = Filter(queue=self._any.queue, states=SWEPT, until=self._before)
         old = [
-            len(letter.encode())
+            _size_of(letter)
             for page in pages(self._store, where)
             for letter in page
             if not self._stays(letter)
@@ -197,10 +209,10 @@ class _Sweep:
                 if why is None or self._is_old(letter):
                     continue
                 if self._stays(letter):
-                    self.swept.kept += 1
+                    self._keep(letter)
                     continue
                 going.setdefault(why, []).append(letter)
-                letters, size = letters - 1, size - len(letter.encode())
+                letters, size = letters - 1, size - _size_of(letter)
             yield from going.items()
             if reason() is None:
                 return
@@ -221,10 +233,18 @@ class _Sweep:
         is_lost = letter.host == host_name() and file_of(letter, self._bodies) is None
         return not is_lost
 
+    def _keep(self, letter: Letter) -> None:
+        self._kept.add(letter.id)
+        self.swept.kept = len(self._kept)
+
     def _remove(self, page: list[Letter], until: float | None = None) -> int:
         """Archive and remove letters; returns how many, or in a dry run how many there are."""
-        going = [letter for letter in page if not self._stays(letter)]
-        self.swept.kept += len(page) - len(going)
+        going = []
+        for letter in page:
+            if self._stays(letter):
+                self._keep(letter)
+            else:
+                going.append(letter)
         if self._dry_run or not going:
             return len(going)
         if self._archive is not None:
@@ -241,6 +261,11 @@ class _Sweep:
         ids = tuple(letter.id for letter in going)
         where = Filter(queue=self._any.queue, states=SWEPT, ids=ids, until=until)
         return self._store.purge(where, dry_run=False)
+
+
+def _size_of(letter: Letter) -> int:
+    """Return the bytes that a letter takes in a store, as it was put; about."""
+    return len(letter.changed(state="pending", revision=0).encode())
 
 
 # --- payload files -------------------------------------------------------------------------------
