@@ -286,12 +286,14 @@ class DeadLetterQueue:
                     self._thread = thread
 
     def _run(self) -> None:
-        while not self._stopping:
-            more = False
+        is_last = False
+        while not is_last:
+            is_last, more = self._stopping, False
             with guard.contained("dead letter queue"):
                 more = self.round()
             if not more:
                 self._rested.set()
+            if not more and not is_last:
                 self._wake.wait(BEAT)
                 self._wake.clear()
 
