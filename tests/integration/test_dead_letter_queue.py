@@ -252,6 +252,15 @@ def test_letters_arrive_through_a_redis_that_hangs_and_dies(redis, tmp_path):
         assert queue.lost == 0
 
 
+def test_what_was_put_last_is_moved_on_at_the_end(redis, tmp_path):
+    """A queue that is closed right after a put has moved the letter to a Redis that is well."""
+    with redis:
+        for number in range(1, 21):
+            with DeadLetterQueue(tmp_path / f"data-{number}", redis_url=redis.url) as queue:
+                queue.put(some(1))
+            assert total_of(redis) == number
+
+
 def test_a_full_disk_is_gone_round(redis, tmp_path):
     """With no room in the file letters go from memory straight to Redis."""
     letters = some(300, host="x" * 1000)

@@ -305,13 +305,14 @@ class DeadLetterQueue:
                     self._thread = thread
 
     def _run(self) -> None:
-        while not self._stopping:
-            more, flushes = False, self._flushes
+        is_last = False
+        while not is_last:
+            is_last, flushes, more = self._stopping, self._flushes, False
             with guard.contained("dead letter queue"):
                 more = self.round()
-            if not more:
-                if flushes == self._flushes:  # else that round may have begun too early for it
-                    self._rested.set()
+            if not more and flushes == self._flushes:  # else it may have begun too early for it
+                self._rested.set()
+            if not more and not is_last:
                 self._wake.wait(BEAT)
                 self._wake.clear()
 
