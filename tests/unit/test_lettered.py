@@ -24,7 +24,7 @@ from periscope_otel.dead_letter.queue import lose
 from periscope_otel.dead_letter.replaying import REPLAYING, Replaying
 from periscope_otel.dead_letter.store import payload_identity
 from periscope_otel.failure import Failure
-from periscope_otel.lettered import MOST_BYTES_HELD, MOST_HELD
+from periscope_otel.lettered.operation import MOST_BYTES_HELD, MOST_HELD
 from periscope_otel.telemetry.letter_counts import letter_counts
 from periscope_otel.telemetry.worker import worker
 from periscope_otel.testing import capture_telemetry

@@ -7,7 +7,6 @@ the call returns.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -16,16 +15,17 @@ from opentelemetry import baggage
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use
-from periscope_otel.dead_letter.names import queue_name
 from periscope_otel.dead_letter.replaying import REPLAYING
 from periscope_otel.dead_letter.threads import in_a_thread, submit
+from periscope_otel.lettered.payload import Call, Payload
+from periscope_otel.lettered.writing import put, put_contained
 from periscope_otel.operation import Operation
 from periscope_otel.redaction import clean_name, redact
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.letter_counts import letter_counts
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from opentelemetry.util.types import AttributeValue
@@ -35,9 +35,7 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter.letter import Letter
     from periscope_otel.dead_letter.replaying import Replaying
     from periscope_otel.failure import Failure
-
-ITEMS: Final = "items"
-"""What `dead_letter=` is given for letters of failed items alone."""
+    from periscope_otel.lettered.policy import LetterPolicy
 
 MOST_HELD: Final = 1000
 """Failed items that one operation holds until it settles."""
@@ -52,28 +50,7 @@ _LONGEST_HEADER: Final = 1000
 _ITEM_EVENTS: Final = 8
 """Item letters that the span names; it counts all."""
 
-_NOTHING: Final = object()
 _FAILED: Final = frozenset({"error", "timeout"})
-
-
-class LetterPolicy(NamedTuple):
-    """What of an operation becomes a dead letter, as `monitored` was told."""
-
-    queue: str = "default"
-    items: bool = False
-    """Letters of failed items alone, also where the operation itself fails."""
-    payload: Callable[[dict[str, Any]], object] | None = None
-    key: Callable[[dict[str, Any]], object] | None = None
-    journal: bool = False
-    rejected: bool = False
-
-
-class Call(NamedTuple):
-    """The call that an operation stands for."""
-
-    function: Callable[..., Any] | None
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 class _FailedItem(NamedTuple):
@@ -82,37 +59,6 @@ class _FailedItem(NamedTuple):
     encoded: Encoded
     cause: Cause
     tlp: str | None
-
-
-def policy_of(
-    dead_letter: bool | str,
-    payload: Callable[[dict[str, Any]], object] | None = None,
-    key: Callable[[dict[str, Any]], object] | None = None,
-    *,
-    journal: bool = False,
-    rejected: bool = False,
-) -> LetterPolicy | None:
-    """Return what `monitored` was told about dead letters; None for none.
-
-    Raises:
-        TypeError: If `dead_letter` is neither True nor a text, or another argument needs it.
-        ValueError: If it is no name of a queue.
-    """
-    if dead_letter is False:
-        if payload is not None or key is not None or journal or rejected:
-            raise TypeError(
-                "payload=, idempotency_key=, journal= and dead_letter_rejected= say what becomes "
-                "of dead letters: give dead_letter=True too"
-            )
-        return None
-    if dead_letter is not True and not isinstance(dead_letter, str):
-        raise TypeError(f"dead_letter= takes True or a text, not {type(dead_letter).__name__}")
-    for what, value in (("payload", payload), ("idempotency_key", key)):
-        if value is not None and not callable(value):
-            raise TypeError(f"{what}= takes a callable, not {type(value).__name__}")
-    queue = "default" if dead_letter is True or dead_letter == ITEMS else queue_name(dead_letter)
-    in_use.want(queue)
-    return LetterPolicy(queue, dead_letter == ITEMS, payload, key, journal, rejected)
 
 
 class LetteredOperation(Operation):
@@ -139,17 +85,13 @@ class LetteredOperation(Operation):
     ) -> None:
         super().__init__(name, feed)
         self._policy = policy
-        self._call = call
-        self._bind = bind
+        self._payload = Payload(call, policy, bind)
         self._closed = False
         self._pid = os.getpid()
         self._letter_id: str | None = None
-        self._key_asked_for = False
-        self._encoded: Encoded | None = None
         self._in_journal = False
         self._was_journalled = False
         self._returned_failure: object = None
-        self._selected: object = _NOTHING
         self._holding = threading.RLock()  # a signal handler's item may come while it is held
         self._held: list[_FailedItem] = []
         self._held_bytes = 0
@@ -175,7 +117,7 @@ class LetteredOperation(Operation):
             from periscope_otel.dead_letter.draft import letter_of
             from periscope_otel.dead_letter.store import payload_identity
 
-            again = letter_of(self._origin(), self._payload(), None, key=replaying.key)
+            again = letter_of(self._origin(), self._payload.encoded(), None, key=replaying.key)
             return payload_identity(again) == replaying.identity
         return False
 
@@ -190,18 +132,11 @@ class LetteredOperation(Operation):
         """
         if self._replay is not None:
             return self._replay.key
-        key = self._known_key()
-        if not key:
-            from periscope_otel.dead_letter.identity import content_key
-
-            content = hashlib.sha256(self._payload().payload).digest()
-            self._key = key = content_key(self.name, self.feed, content)
-        return key
+        return self._payload.key(self.name, self.feed)
 
     @idempotency_key.setter
     def idempotency_key(self, key: str) -> None:
-        # Half a character in it would keep the letter from being written.
-        self._key = str(key).encode(errors="replace").decode()
+        self._payload.use_key(key)
 
     def failed(
         self, item: object = None, error: BaseException | None = None, *, count: int = 1
@@ -335,7 +270,7 @@ class LetteredOperation(Operation):
 
     def _close_failed(self, outcome: str, failure: Failure | None, error: object) -> None:
         failed_items = bool(self._held or self._spilt)
-        items_alone = self._policy.items and (failed_items or self._has_no_payload)
+        items_alone = self._policy.items and (failed_items or self._payload.is_missing)
         if not items_alone:
             error_type = None if failure is None else failure.error_type
             retry_after = None if failure is None else failure.retry_after
@@ -385,8 +320,8 @@ class LetteredOperation(Operation):
         from periscope_otel.dead_letter.draft import letter_of
 
         letter = letter_of(
-            self._origin(), self._payload(), cause, tlp=self._marking(),
-            letter_id=self._id(), key=self._known_key(),
+            self._origin(), self._payload.encoded(), cause, tlp=self._payload.marking(),
+            letter_id=self._id(), key=self._payload.given_key(),
         )  # fmt: skip
         self._payload_told = letter.replayable
         self._add([letter])
@@ -440,7 +375,7 @@ class LetteredOperation(Operation):
         )
         held = _FailedItem(encode_item(item), cause, tlp_of(item))
         if not self._is_ours:  # nor may its lock be taken, which a thread of the parent may have
-            _put(self._letters_of([held], 0))
+            put(self._letters_of([held], 0))
             return
         with self._holding:
             late, first = self._closed, self._spilt
@@ -464,9 +399,9 @@ class LetteredOperation(Operation):
 
     def _payload_can_stand_for_items(self) -> bool:
         """Whether the payload becomes the letter of all failed items; noted if so."""
-        if self._policy.items or self._call.function is None:
+        if self._policy.items or self._payload.is_of_a_block:
             return False  # they will be letters in any case
-        if self._payload().not_replayable_because is not None:
+        if self._payload.encoded().not_replayable_because is not None:
             return False
         with self._holding:
             if self._closed:
@@ -477,12 +412,12 @@ class LetteredOperation(Operation):
     def _spill(self, letters: Sequence[Letter]) -> None:
         """Write letters before the operation has settled, or after."""
         if not self.in_coroutine:
-            _put(letters)
+            put(letters)
             return
         if sum(not one.done() for one in self._spills) >= _MOST_SPILLS:
-            _put(letters)  # it fails faster than the disk takes it
+            put(letters)  # it fails faster than the disk takes it
             return
-        future = submit(lambda: _put_contained(letters))
+        future = submit(lambda: put_contained(letters))
         if future is not None:
             self._spills.append(future)
 
@@ -510,71 +445,6 @@ class LetteredOperation(Operation):
             self._letter_id = letter_ids.new()
         return self._letter_id
 
-    def _payload(self) -> Encoded:
-        """Return the payload as bytes: once, so that a journal and a letter hold the same."""
-        if self._encoded is None:
-            self._encoded = self._encode()
-        return self._encoded
-
-    def _encode(self) -> Encoded:
-        from periscope_otel.dead_letter.codecs import encode_arguments, encode_selected
-
-        function, args, kwargs = self._call
-        if self._has_no_payload:
-            nothing = encode_selected(None, None)
-            return nothing._replace(not_replayable_because="no payload was given")
-        selected = self._selection()
-        if selected is not _NOTHING:
-            return encode_selected(selected, function)
-        if function is None:
-            return encode_selected(None, None)
-        return encode_arguments(function, args, kwargs)
-
-    @property
-    def _has_no_payload(self) -> bool:
-        """Whether it is a block that was not told what it works on."""
-        return self._call.function is None and self._policy.payload is None
-
-    def _selection(self) -> object:
-        """Return what `payload=` selects; `_NOTHING` without one, or if it raises."""
-        select = self._policy.payload
-        if select is not None and self._selected is _NOTHING:
-            try:
-                self._selected = select(self._bind() or {})
-            except Exception as error:  # noqa: BLE001  (nothing is lost: all arguments are kept)
-                guard.warn("payload", "payload= raised %s", type(error).__name__)
-        return self._selected
-
-    def _marking(self) -> str | None:
-        """Return the TLP marking of the payload."""
-        from periscope_otel.dead_letter.tlp import tlp_of
-
-        selected = self._selection()
-        if selected is not _NOTHING:
-            return tlp_of(selected)
-        bound = self._bind() or {}
-        return tlp_of([one for name, one in bound.items() if name not in ("self", "cls")])
-
-    def _known_key(self) -> str | None:
-        """Return what was set as the key, or else what the caller's `idempotency_key=` says."""
-        if self._key is None and not self._key_asked_for:
-            self._key_asked_for = True  # once: it may say something else the next time
-            key = self._own_key()
-            if key is not None:
-                self.idempotency_key = key
-        return self._key
-
-    def _own_key(self) -> str | None:
-        """Return what the caller's `idempotency_key=` says."""
-        if self._policy.key is None:
-            return None
-        try:
-            key = self._policy.key(self._bind() or {})
-        except Exception as error:  # noqa: BLE001  (the user's callable must not break the call)
-            guard.warn("idempotency_key", "idempotency_key= raised %s", type(error).__name__)
-            return None
-        return None if key is None else str(key)
-
     # The journal, and writing.
 
     def _journal_letter(self) -> Letter | None:
@@ -583,8 +453,8 @@ class LetteredOperation(Operation):
         if not in_use.enabled:
             return None
         return letter_of(
-            self._origin(), self._payload(), None, tlp=self._marking(),
-            letter_id=self._id(), key=self._known_key(),
+            self._origin(), self._payload.encoded(), None, tlp=self._payload.marking(),
+            letter_id=self._id(), key=self._payload.given_key(),
         )  # fmt: skip
 
     def _write_journal(self, letter: Letter | None) -> None:
@@ -611,25 +481,7 @@ class LetteredOperation(Operation):
             spills, self._spills = self._spills, []
         for spill in spills:
             spill.exception()
-        _put_contained(letters, journalled=self._was_journalled)
+        put_contained(letters, journalled=self._was_journalled)
         if done_with:
             with guard.contained("journal"):
                 in_use.box().forget(done_with)
-
-
-def _put_contained(letters: Sequence[Letter], *, journalled: bool = False) -> None:
-    with guard.contained("dead letter"):
-        _put(letters, journalled=journalled)
-
-
-def _put(letters: Sequence[Letter], *, journalled: bool = False) -> None:
-    if not letters:
-        return
-    try:
-        in_use.box().put(letters, journalled=journalled)
-    except Exception:
-        from periscope_otel.dead_letter.queue import lose
-
-        for letter in letters:
-            lose(letter, "internal", "an error of the plugin's own", in_use.usable.on_lost)
-        raise
