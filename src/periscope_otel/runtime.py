@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import TracerProvider
 
-    from periscope_otel.dead_letter.queue import DeadLetterQueue, OnLost
+    from periscope_otel.dead_letter.loss import OnLost
+    from periscope_otel.dead_letter.queue import DeadLetterQueue
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")

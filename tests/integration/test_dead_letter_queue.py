@@ -19,7 +19,8 @@ from redis_servers import RedisServer
 
 from periscope_otel import guard
 from periscope_otel.dead_letter import StoreError, open_store
-from periscope_otel.dead_letter.queue import FILE, MOST_IN_MEMORY, DeadLetterQueue
+from periscope_otel.dead_letter.memory import MOST
+from periscope_otel.dead_letter.queue import FILE, DeadLetterQueue
 
 pytest.register_assert_rewrite("store_conformance")
 
@@ -154,12 +155,12 @@ def test_what_fits_nowhere_is_lost_loudly(tmp_path, caplog):
     full = DeadLetterQueue(
         tmp_path, largest_file=1, on_lost=lambda letter, why: handed.append(letter.id)
     )
-    letters = some(MOST_IN_MEMORY + 400, host="x" * 1000)
+    letters = some(MOST + 400, host="x" * 1000)
     with caplog.at_level(logging.ERROR, "periscope_otel"):
         answers = [full.put([letter]) for letter in letters]
     assert answers[0] == "disk"
     assert answers[-1] == "lost"
-    assert answers.count("memory") >= MOST_IN_MEMORY
+    assert answers.count("memory") >= MOST
     lost = [one.id for one, where in zip(letters, answers, strict=True) if where == "lost"]
     assert handed == lost
     assert full.lost == len(lost) == sum("LOST" in one.getMessage() for one in caplog.records)

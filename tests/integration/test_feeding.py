@@ -326,7 +326,7 @@ def test_letters_that_waited_for_nothing_are_lost_loudly(missing, caplog):
 
 def test_only_so_many_letters_wait(missing, monkeypatch):
     """What is more than that is lost at once, and loudly."""
-    monkeypatch.setattr("periscope_otel.dead_letter.in_use.MOST_WAITING", 3)
+    monkeypatch.setattr("periscope_otel.dead_letter.memory.MOST", 3)
     for _ in range(5):
         fail()
     assert letter_counts.puts() == {("default", "memory"): 3}

@@ -158,6 +158,7 @@ def test_every_number_has_its_instrument(monkeypatch):
         ("a", "dead"): 3,
         ("a", "parked"): 1,
         ("b", "dead"): 0,
+        ("default", "pending"): 7,
     }
     ages = told[names.DEAD_LETTER_AGE.name]
     assert ages["a",] == pytest.approx(100, abs=30)

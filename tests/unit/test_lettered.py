@@ -20,7 +20,7 @@ import periscope_otel as periscope
 from periscope_otel import guard
 from periscope_otel.dead_letter.codecs import decode_plain
 from periscope_otel.dead_letter.in_use import in_use
-from periscope_otel.dead_letter.queue import lose
+from periscope_otel.dead_letter.loss import lose
 from periscope_otel.dead_letter.replaying import REPLAYING, Replaying
 from periscope_otel.dead_letter.store import payload_identity
 from periscope_otel.failure import Failure

@@ -10,22 +10,22 @@ import atexit
 import os
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from periscope_otel import guard
+from periscope_otel.dead_letter.waiting import WaitingLetters
 from periscope_otel.settings import PREFIX, SettingsError, load
-from periscope_otel.telemetry.letter_counts import letter_counts
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from periscope_otel.dead_letter.letter import Letter
-    from periscope_otel.dead_letter.queue import DeadLetterQueue, OnLost, Where
+    from periscope_otel.dead_letter.loss import OnLost
+    from periscope_otel.dead_letter.queue import DeadLetterQueue, Where
     from periscope_otel.settings import Settings
 
 _TRY_AGAIN: Final = 5.0
@@ -42,10 +42,6 @@ _NEEDED: Final = (
     "periscope_otel.dead_letter.tlp",
 )
 """What a failure imports."""
-
-MOST_WAITING: Final = 1000
-"""Letters that wait in memory until the queue can be opened."""
-MOST_BYTES_WAITING: Final = 64 << 20
 
 
 class LetterBox(Protocol):
@@ -133,73 +129,6 @@ def _from_environment() -> Options:
     return options_of(load({}, usable))
 
 
-class _Waiting:
-    """Takes letters while the queue cannot be opened: in memory, within bounds."""
-
-    def __init__(self, options: Options) -> None:
-        self._options = options
-        self._lock = threading.RLock()
-        self._letters: deque[Letter] = deque()
-        self._size = 0
-        self._queue: DeadLetterQueue | None = None
-        """The one that was opened since."""
-
-    def put(self, letters: Sequence[Letter], *, journalled: bool = False) -> Where:  # noqa: ARG002
-        where: Where = "memory"
-        for letter in letters:
-            with self._lock:
-                queue = self._queue
-                size = self._size + len(letter.body)
-                fits = len(self._letters) < MOST_WAITING and size <= MOST_BYTES_WAITING
-                if fits and queue is None:
-                    self._letters.append(letter)
-                    self._size = size
-            if queue is not None:
-                queue.put([letter])
-            elif fits:
-                letter_counts.put(letter.queue, "memory")
-            else:
-                where = "lost"
-                self._lose(letter)
-        return where
-
-    async def put_from_coroutine(
-        self, letters: Sequence[Letter], *, journalled: bool = False
-    ) -> Where:
-        return self.put(letters, journalled=journalled)
-
-    def journal(self, letter: Letter) -> bool:
-        letter_counts.put(letter.queue, "not_journalled")
-        return False
-
-    def forget(self, ids: Sequence[str]) -> None:
-        """Do nothing: it has no journal."""
-
-    def move_to(self, queue: DeadLetterQueue) -> None:
-        """Put all that waits into the queue, which can be opened now."""
-        with self._lock:
-            self._queue = queue
-        for letter in self._taken():
-            queue.put([letter])
-
-    def lose(self) -> None:
-        """Say of all that waits that it is lost."""
-        for letter in self._taken():
-            self._lose(letter)
-
-    def _taken(self) -> list[Letter]:
-        with self._lock:
-            letters, self._size = list(self._letters), 0
-            self._letters.clear()
-        return letters
-
-    def _lose(self, letter: Letter) -> None:
-        from periscope_otel.dead_letter.queue import lose
-
-        why = "the folder of dead letters cannot be used"
-        lose(letter, "folder", why, self._options.on_lost)
-
-
 class InUse:
     """The process's queue, and where it is or will be."""
 
@@ -219,7 +148,7 @@ class InUse:
     def _reset(self) -> None:
         self._lock = threading.RLock()
         self._opened: DeadLetterQueue | None = None
-        self._waiting: _Waiting | None = None
+        self._waiting: WaitingLetters | None = None
         self._failed_at: float | None = None
 
     @property
@@ -299,14 +228,14 @@ class InUse:
                     self._failed_at, why = now, error
             waiting, first = self._waiting, self._waiting is None
             if waiting is None:
-                waiting = self._waiting = _Waiting(self.usable)
+                waiting = self._waiting = WaitingLetters(self.usable.on_lost)
         if why is not None:
             guard.warn("dead letter folder", "dead letters are kept in memory: %s", why)
         if first:
             self._try_again_later(waiting)
         return waiting
 
-    def _try_again_later(self, waiting: _Waiting) -> None:
+    def _try_again_later(self, waiting: WaitingLetters) -> None:
         """Open the queue when that can be done, also if no further letter comes."""
 
         def run() -> None:

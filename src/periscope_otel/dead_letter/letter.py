@@ -211,6 +211,25 @@ def pack(payload: bytes) -> dict[str, Any]:
     }
 
 
+def encodable(letter: Letter) -> Letter:
+    """Return a letter with no half character in its texts, which could not be written."""
+    try:
+        letter.encode()
+    except UnicodeEncodeError:
+        texts = {
+            name: _whole(value)
+            for name in letter.__struct_fields__
+            if isinstance(value := getattr(letter, name), str)
+        }
+        headers = {_whole(name): _whole(value) for name, value in letter.headers.items()}
+        return letter.changed(**texts, headers=headers)
+    return letter
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="replace").decode()
+
+
 def _with_unknown_fields(letter: Letter, blob: bytes) -> Letter:
     raw = msgspec.msgpack.decode(blob)
     unknown = {name: value for name, value in raw.items() if name not in _FIELDS}

@@ -13,7 +13,6 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal, TypeVar
@@ -21,10 +20,12 @@ from typing import TYPE_CHECKING, Final, Literal, TypeVar
 from periscope_otel import guard
 from periscope_otel.dead_letter.bodies import FOLDER as PAYLOADS
 from periscope_otel.dead_letter.bodies import INLINE, BodyFiles
-from periscope_otel.dead_letter.errors import StoreError
+from periscope_otel.dead_letter.errors import RefusedError, StoreError
 from periscope_otel.dead_letter.forwarder import Forwarder
 from periscope_otel.dead_letter.journal import Journal, is_busy
-from periscope_otel.dead_letter.letter import STATES
+from periscope_otel.dead_letter.letter import STATES, encodable
+from periscope_otel.dead_letter.loss import lose
+from periscope_otel.dead_letter.memory import LettersInMemory
 from periscope_otel.dead_letter.outbox import MOST_LETTERS, Outbox
 from periscope_otel.dead_letter.redis_store import RedisStore
 from periscope_otel.dead_letter.sqlite_store import SQLiteStore
@@ -34,12 +35,11 @@ from periscope_otel.telemetry.letter_counts import Depth, OutboxDepth, letter_co
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from typing import Self, TypeAlias
+    from typing import Self
 
     from periscope_otel.dead_letter.letter import Letter
+    from periscope_otel.dead_letter.loss import OnLost
     from periscope_otel.dead_letter.store import Store
-
-    OnLost: TypeAlias = Callable[[Letter, str], object]
 
 logger = logging.getLogger("periscope_otel")
 
@@ -62,8 +62,6 @@ BEAT: Final = 0.2
 LOOK: Final = 5.0
 """Seconds between two looks at how many letters there are, and at what dead processes left."""
 
-MOST_IN_MEMORY: Final = 1000
-MOST_BYTES_IN_MEMORY: Final = 64 << 20
 
 LARGEST_FILE: Final = 1 << 30
 """Bytes that the file may grow to, unless another size is asked for."""
@@ -143,12 +141,15 @@ class DeadLetterQueue:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def put(self, letters: Sequence[Letter], *, journalled: bool = False) -> Where:
+    def put(
+        self, letters: Sequence[Letter], *, journalled: bool = False, counted: bool = False
+    ) -> Where:
         """Keep letters: one local write, never a wait for the network.
 
         Args:
             letters: Of any queues.
             journalled: Whether they are in the journal, which they leave in the same transaction.
+            counted: Whether they were kept, and counted, somewhere else before.
 
         Returns:
             Where they are now; those that did not fit into memory are lost, also where others did.
@@ -161,17 +162,19 @@ class DeadLetterQueue:
             letters = [self.bodies.moved_out(letter) for letter in letters]
             self._write(letters, journalled=journalled)
         except StoreError as error:
-            return self._keep_in_memory(letters, error)
+            return self._keep_in_memory(letters, error, counted=counted)
         except UnicodeEncodeError:  # half a character in a text
-            return self.put([_encodable(letter) for letter in letters], journalled=journalled)
+            whole = [encodable(letter) for letter in letters]
+            return self.put(whole, journalled=journalled, counted=counted)
         except Exception as error:  # noqa: BLE001  (whatever it is, the letters are still at hand)
-            where = self._keep_in_memory(letters, error)
+            where = self._keep_in_memory(letters, error, counted=counted)
             guard.report("dead letter queue", error)
             return where
         except BaseException as error:  # Ctrl-C; what was written by then is not written twice
-            self._keep_in_memory(letters, error)
+            self._keep_in_memory(letters, error, counted=counted)
             raise
-        _count(letters, "disk")
+        if not counted:
+            _count(letters, "disk")
         self._wake.set()
         return "disk"
 
@@ -193,7 +196,7 @@ class DeadLetterQueue:
         try:
             self._journal.enter(self.bodies.moved_out(letter))
         except UnicodeEncodeError:
-            return self.journal(_encodable(letter))
+            return self.journal(encodable(letter))
         except (StoreError, OSError) as error:
             guard.warn("journal", "a payload could not be written to the journal: %s", error)
             letter_counts.put(letter.queue, "not_journalled")
@@ -212,8 +215,7 @@ class DeadLetterQueue:
     @property
     def in_memory(self) -> int:
         """Letters that are only in memory."""
-        with self._lock:
-            return len(self._memory)
+        return len(self._memory)
 
     def round(self) -> bool:
         """Do what the background thread does once: write out what is in memory, and forward.
@@ -262,9 +264,7 @@ class DeadLetterQueue:
                 pass
         with guard.contained("dead letter journal"), suppress(StoreError):
             self._forget_again()
-        with self._lock:
-            self._closed = True  # what the thread still has in hand does not come back
-        for letter in self._taken_from_memory(None):
+        for letter in self._memory.close():  # what the thread has in hand does not come back
             self._lose(letter, "closed", _ENDED)
         self._journal.close()
         if self._forwarder is not None:
@@ -280,9 +280,7 @@ class DeadLetterQueue:
     def _begin(self) -> None:
         self.lost = 0
         self._lock = threading.RLock()  # a signal handler's letter may come while it is held
-        self._memory: deque[tuple[Letter, int]] = deque()
-        self._memory_size = 0
-        self._in_hand = 0
+        self._memory = LettersInMemory()
         self._flushes = 0
         self._has_switched = self._has_advised = False
         self._done_with: list[str] = []
@@ -290,7 +288,6 @@ class DeadLetterQueue:
         self._wake = threading.Event()
         self._rested = threading.Event()
         self._stopping = False
-        self._closed = False
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -379,72 +376,60 @@ class DeadLetterQueue:
             return None
         return OutboxDepth(*self._outbox.waiting(), self._outbox.waiting_by_queue())
 
-    def _keep_in_memory(self, letters: Sequence[Letter], why: BaseException) -> Where:
+    def _keep_in_memory(
+        self, letters: Sequence[Letter], why: BaseException, *, counted: bool
+    ) -> Where:
         told = str(why) if isinstance(why, StoreError) else type(why).__name__
         guard.warn("dead letter file", "dead letters are kept in memory for now: %s", told)
         where: Where = "memory"
-        for letter in map(_encodable, letters):  # one that is not would hold up all others
-            size = len(letter.body)
-            with self._lock:
-                closed = self._closed
-                fits = not closed and (
-                    len(self._memory) + self._in_hand < MOST_IN_MEMORY
-                    and self._memory_size + size <= MOST_BYTES_IN_MEMORY
-                )
-                if fits:
-                    self._memory.append((letter, size))
-                    self._memory_size += size
-            if fits:
-                letter_counts.put(letter.queue, "memory")
+        for letter in map(encodable, letters):  # one that is not would hold up all others
+            if self._memory.add(letter):
+                letter_counts.put(letter.queue, "memory", 0 if counted else 1)
                 continue
             where = "lost"
-            if closed:
+            if self._memory.closed:
                 self._lose(letter, "closed", f"{_ENDED}: {told}")
             else:
                 self._lose(letter, "full", f"neither disk nor memory has room for it: {told}")
         self._wake.set()
         return where
 
-    def _taken_from_memory(self, most: int | None) -> list[Letter]:
-        letters: list[Letter] = []
-        with self._lock:
-            while self._memory and (most is None or len(letters) < most):
-                letter, size = self._memory.popleft()
-                self._memory_size -= size
-                letters.append(letter)
-        return letters
-
     def _write_out_memory(self) -> bool:
         """Write what is in memory to the file, or straight to the store if that is elsewhere."""
-        letters = self._taken_from_memory(MOST_LETTERS)
+        letters = self._memory.take(MOST_LETTERS)
         if not letters:
             return False
-        self._in_hand = len(letters)  # they still count against the bound
         try:
-            try:
-                self._write(letters, journalled=True)
-            except StoreError:
-                if self._forwarder is None:
-                    raise
-                self.store.put(letters)
-                self.forget([letter.id for letter in letters])
+            self._write_somewhere(letters)
         except StoreError:
             self._put_back(letters)
             return False
         except BaseException:
             self._put_back(letters)
             raise
-        finally:
-            self._in_hand = 0
+        self._memory.done_with(letters)
         return True
 
+    def _write_somewhere(self, letters: Sequence[Letter]) -> None:
+        try:
+            self._write(letters, journalled=True)
+        except StoreError as error:
+            if self._forwarder is None and not isinstance(error, RefusedError):
+                raise
+            self._write_elsewhere(letters)
+
+    def _write_elsewhere(self, letters: Sequence[Letter]) -> None:
+        """Write straight to the store; a letter that it refuses must not hold up the others."""
+        for letter in letters:
+            try:
+                self.store.put([letter])
+            except RefusedError as error:
+                self._lose(letter, "refused", f"the store refuses it: {error}")
+            else:
+                self.forget([letter.id])
+
     def _put_back(self, letters: Sequence[Letter]) -> None:
-        with self._lock:
-            closed = self._closed
-            if not closed:
-                self._memory.extendleft((one, len(one.body)) for one in reversed(letters))
-                self._memory_size += sum(len(one.body) for one in letters)
-        if closed:
+        if not self._memory.put_back(letters):
             for letter in letters:
                 self._lose(letter, "closed", _ENDED)
 
@@ -452,51 +437,6 @@ class DeadLetterQueue:
         with self._lock:
             self.lost += 1
         lose(letter, reason, why, self._on_lost)
-
-
-def lose(letter: Letter, reason: str, why: str, on_lost: OnLost | None = None) -> None:
-    """Say, count and hand over that a letter could not be kept.
-
-    Args:
-        letter: Which.
-        reason: A word for the metric.
-        why: For people.
-        on_lost: The user's hook.
-    """
-    letter_counts.lost(letter.queue, reason)
-    with suppress(Exception):  # a handler of the application's: the others are to be told of too
-        logger.error(
-            "periscope-otel LOST the dead letter %s of operation %s (feed %s, %s): %s",
-            letter.id,
-            letter.operation,
-            letter.feed,
-            letter.error_type,
-            why,
-        )
-    if on_lost is not None:
-        try:
-            on_lost(letter, why)
-        except Exception as error:  # noqa: BLE001  (the user's hook must not lose the others)
-            guard.warn("on_lost", "on_lost raised %s", type(error).__name__)
-
-
-def _encodable(letter: Letter) -> Letter:
-    """Return a letter with no half character in its texts, which could not be written."""
-    try:
-        letter.encode()
-    except UnicodeEncodeError:
-        texts = {
-            name: _whole(value)
-            for name in letter.__struct_fields__
-            if isinstance(value := getattr(letter, name), str)
-        }
-        headers = {_whole(name): _whole(value) for name, value in letter.headers.items()}
-        return letter.changed(**texts, headers=headers)
-    return letter
-
-
-def _whole(text: str) -> str:
-    return text.encode(errors="replace").decode()
 
 
 def _patiently(opened: Callable[[], _Opened]) -> _Opened:

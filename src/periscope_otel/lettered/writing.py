@@ -31,7 +31,7 @@ def put(letters: Sequence[Letter], *, journalled: bool = False) -> None:
     try:
         in_use.box().put(letters, journalled=journalled)
     except Exception:
-        from periscope_otel.dead_letter.queue import lose
+        from periscope_otel.dead_letter.loss import lose
 
         for letter in letters:
             lose(letter, "internal", "an error of the plugin's own", in_use.usable.on_lost)
