@@ -209,7 +209,7 @@ class DeadLetterQueue:
     def in_memory(self) -> int:
         """Letters that are only in memory."""
         with self._lock:
-            return len(self._memory)
+            return len(self._memory) + self._in_hand
 
     def round(self) -> bool:
         """Do what the background thread does once: write out what is in memory, and forward.
@@ -389,10 +389,11 @@ class DeadLetterQueue:
 
     def _write_out_memory(self) -> bool:
         """Write what is in memory to the file, or straight to the store if that is elsewhere."""
-        letters = self._taken_from_memory(MOST_LETTERS)
+        with self._lock:
+            letters = self._taken_from_memory(MOST_LETTERS)
+            self._in_hand += len(letters)  # they still are in memory, and count against its bound
         if not letters:
             return False
-        self._in_hand = len(letters)  # they still count against the bound
         try:
             try:
                 self._write(letters, journalled=True)
@@ -408,7 +409,8 @@ class DeadLetterQueue:
             self._put_back(letters)
             raise
         finally:
-            self._in_hand = 0
+            with self._lock:
+                self._in_hand -= len(letters)
         return True
 
     def _put_back(self, letters: Sequence[Letter]) -> None:
