@@ -399,34 +399,37 @@ class DeadLetterQueue:
         letters = self._memory.take(MOST_LETTERS)
         if not letters:
             return False
+        left = list(letters)
         try:
-            self._write_somewhere(letters)
+            self._write_somewhere(left)
         except StoreError:
-            self._put_back(letters)
             return False
-        except BaseException:
-            self._put_back(letters)
-            raise
-        self._memory.done_with(letters)
+        finally:  # whatever interrupted it
+            written = letters[: len(letters) - len(left)]
+            self._memory.done_with(written)
+            self._put_back(left)
         return True
 
-    def _write_somewhere(self, letters: Sequence[Letter]) -> None:
+    def _write_somewhere(self, left: list[Letter]) -> None:
+        """Write letters, and take those out of the list that are written, first those in front."""
         try:
-            self._write(letters, journalled=True)
+            self._write(left, journalled=True)
+            left.clear()
         except StoreError as error:
             if self._forwarder is None and not isinstance(error, RefusedError):
                 raise
-            self._write_elsewhere(letters)
+            self._write_elsewhere(left)
 
-    def _write_elsewhere(self, letters: Sequence[Letter]) -> None:
+    def _write_elsewhere(self, left: list[Letter]) -> None:
         """Write straight to the store; a letter that it refuses must not hold up the others."""
-        for letter in letters:
+        while left:
             try:
-                self.store.put([letter])
+                self.store.put(left[:1])
             except RefusedError as error:
-                self._lose(letter, "refused", f"the store refuses it: {error}")
+                self._lose(left[0], "refused", f"the store refuses it: {error}")
             else:
-                self.forget([letter.id])
+                self.forget([left[0].id])
+            del left[0]
 
     def _put_back(self, letters: Sequence[Letter]) -> None:
         if not self._memory.put_back(letters):
