@@ -391,7 +391,7 @@ def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path):
     assert (report.stored, report.damaged) == (1, 1)
 
 
-def test_lines_that_do_not_fit_are_taken_back(tmp_path):
+def test_lines_that_do_not_fit_are_taken_back(tmp_path, uncovered):
     """A disk that is full in the middle of a line leaves the file as it was."""
     path = Path(tmp_path / "archive.jsonl")
     append_lines(path, [b"one\n"])
