@@ -28,7 +28,10 @@ class RedisLink:
 
     Args:
         url: `redis://`, `rediss://` or `unix://`, as redis-py takes them.
-        timeout: Seconds for a connection, and for an answer.
+        timeout: Seconds for a connection, and for an answer; the URL's query cannot change it.
+
+    Raises:
+        ValueError: If the URL cannot be read; the message may show a part of it.
     """
 
     def __init__(self, url: str, timeout: float = TIMEOUT) -> None:
@@ -38,14 +41,23 @@ class RedisLink:
 
         self.shown = redact(url)
         """The URL without its password."""
-        self.client: Redis = Redis.from_url(
-            url,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-            retry=Retry(NoBackoff(), 0),
-            retry_on_error=[],
-            decode_responses=False,
-        )
+        self.client: Redis = Redis.from_url(url)
+        pool = self.client.connection_pool
+        # Not as options of `from_url`: those of the URL's query would be put over them.
+        pool.connection_kwargs.pop("retry_on_timeout", None)
+        pool.connection_kwargs |= {
+            "socket_timeout": timeout,
+            "socket_connect_timeout": timeout,
+            "retry": Retry(NoBackoff(), 0),
+            "retry_on_error": [],
+            "decode_responses": False,
+            "encoding": "utf-8",
+            "encoding_errors": "strict",
+        }
+        try:
+            pool.connection_class(**pool.connection_kwargs)  # connects to nothing yet
+        except TypeError:
+            raise ValueError("the URL's query has an option that redis-py does not know") from None
 
     @contextmanager
     def quiet(self) -> Iterator[Redis]:

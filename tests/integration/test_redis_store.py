@@ -124,6 +124,64 @@ def test_a_url_that_cannot_be_used_is_an_error() -> None:
         open_store("redis://127.0.0.1:port/0")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("decode_responses=true", "socket_timeout=900", "socket_connect_timeout=900"),
+        *("retry_on_timeout=true", "encoding=utf-16", "encoding_errors=replace", "protocol=3"),
+        "health_check_interval=1&client_name=us&socket_keepalive=yes",
+    ],
+)
+def test_options_in_the_url_do_not_change_ours(tmp_path: Path, option: str) -> None:
+    """Whatever the query of the URL says, letters come back and time is bounded."""
+    letters = some(2, feed="é")
+    own = RedisServer("redis", tmp_path)
+    with own, RedisStore(f"{own.url}?{option}", timeout=0.2) as store:
+        assert store.put(letters) == ["stored"] * 2
+        assert ids_of(everything(store, Filter(feed="é"))) == ids_of(letters)
+        assert store.stats().by_feed == {"é": 2}
+        own.pause()
+        began = time.monotonic()
+        with pytest.raises(StoreError):
+            store.stats()
+        assert time.monotonic() - began < 5
+        own.resume()
+
+
+def test_an_option_that_is_none_is_said_at_once() -> None:
+    """What redis-py takes for no option is an error when the store is opened."""
+    with pytest.raises(StoreError, match="no Redis has such a URL"):
+        open_store("redis://127.0.0.1/0?no_such_option=1")
+
+
+def test_advice(tmp_path: Path) -> None:
+    """A Redis that may lose letters is told of, each thing in a sentence with its remedy."""
+    own = RedisServer("redis", tmp_path)
+    with own, RedisStore(own.url) as store, own.client as client:
+        (disk,) = store.advice()
+        assert "appendonly yes" in disk
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        memory, disk = store.advice()
+        assert "allkeys-lru" in memory
+        assert "noeviction" in memory
+        client.config_set("save", "60 1")
+        assert store.advice() == [memory]
+        client.config_set("save", "")
+        client.execute_command("ACL SETUSER default -config")
+        store.close()
+        memory, unsure = store.advice()
+        assert "does not say" in unsure
+        client.execute_command("ACL SETUSER default -info")
+        assert store.advice() == []
+
+
+def test_a_well_kept_redis_needs_no_advice(tmp_path: Path) -> None:
+    """With an append-only file and without eviction nothing is said."""
+    options = {"appendonly": "yes"}
+    with RedisServer("redis", tmp_path, **options) as own, RedisStore(own.url) as store:
+        assert store.advice() == []
+
+
 def test_a_redis_that_is_away_is_an_error(server: RedisServer, tmp_path: Path) -> None:
     """Refused and unanswered calls are a StoreError soon, and work again when it is back."""
     with RedisServer("redis", tmp_path) as own, RedisStore(own.url, timeout=0.2) as store:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import random
@@ -25,6 +26,7 @@ from periscope_otel.dead_letter import (
     AsyncStore,
     DeadLetterError,
     Filter,
+    Store,
     StoreError,
     database,
     open_store,
@@ -869,11 +871,11 @@ def test_counts_cost_the_same_with_any_number_of_causes(store):
     assert len(causes) == 1000
     assert next(iter(causes.items())) == ("f7", 4)
     plan = store.database.read(
-        "EXPLAIN QUERY PLAN SELECT fingerprint, letters FROM letter_causes "
-        "WHERE queue = ? AND letters > 0 AND fingerprint <> '' ORDER BY letters DESC LIMIT 1000",
+        "EXPLAIN QUERY PLAN SELECT name, letters FROM letter_counts WHERE queue = ? AND "
+        "kind = 'cause' AND letters > 0 AND name <> '' ORDER BY letters DESC LIMIT 1000",
         ("default",),
     )
-    assert "letter_causes_by_letters" in str(plan)
+    assert "letter_causes" in str(plan)
     assert "TEMP B-TREE" not in str(plan)
 
 
@@ -898,6 +900,35 @@ async def test_asyncio_face(path, clock):
         assert sum(map(len, many)) == 40
         with pytest.raises(AttributeError):
             _ = store.no_such_method
+
+
+async def test_cancelled_claim_is_given_back(path):
+    """Where a coroutine is cancelled while it claims, nobody holds what it would have got."""
+    async with AsyncStore(SQLiteStore(path, busy=30)) as store:
+        queued(store.store, 2)
+        with contextlib.closing(
+            sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        ) as other:
+            other.execute("BEGIN IMMEDIATE")
+            claiming = asyncio.ensure_future(store.claim("one", LEASE, 2))
+            await asyncio.sleep(0)
+            claiming.cancel()
+            await asyncio.sleep(0)
+            other.execute("ROLLBACK")
+        with pytest.raises(asyncio.CancelledError):
+            await claiming
+        assert (await store.stats()).by_state == {"queued": 2}
+        assert len(await store.claim("two", LEASE, 2)) == 2
+
+
+def test_asyncio_face_has_all_methods():
+    """What a store can do, its face for coroutines can, with the same parameters."""
+    for name, method in vars(Store).items():
+        if name.startswith("_") or not callable(method):
+            continue
+        face = getattr(AsyncStore, name)
+        assert inspect.iscoroutinefunction(face)
+        assert inspect.signature(face) == inspect.signature(method)
 
 
 async def test_asyncio_face_does_not_block_the_loop(path):

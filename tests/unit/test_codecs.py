@@ -1563,3 +1563,130 @@ def test_fuzzed_payloads_fit_or_are_refused():
             fits_or_cannot(function, bytes(fuzzed))
         except Exception as error:
             raise AssertionError(f"seed {seed}, {number}: {bytes(fuzzed).hex()}") from error
+
+
+# --- secrets inside of objects -------------------------------------------------------------------
+
+
+class Login(pydantic.BaseModel):
+    """A model with a secret that it can do without."""
+
+    url: str
+    api_key: str = ""
+    secret_key: str = pydantic.Field("", alias="k")
+
+
+class StrictLogin(pydantic.BaseModel):
+    """A model with a secret that it needs."""
+
+    login: Login
+    password: str
+
+
+@dataclass
+class Account:
+    """A dataclass with a secret that it can do without."""
+
+    name: str
+    password: str = "none"
+    tokens: list[str] = field(default_factory=list)
+
+
+@dataclass
+class StrictAccount:
+    """A dataclass with a secret that it needs."""
+
+    password: str
+
+
+class Connection(msgspec.Struct):
+    """A Struct with a secret that it can do without."""
+
+    host: str
+    password: str = ""
+
+
+def take_login(login: Login) -> Login:
+    return login
+
+
+def take_strict_login(login: StrictLogin) -> StrictLogin:
+    return login
+
+
+def take_account(account: Account) -> Account:
+    return account
+
+
+def take_strict_account(account: StrictAccount) -> StrictAccount:
+    return account
+
+
+def take_connection(connection: Connection) -> Connection:
+    return connection
+
+
+@pytest.mark.parametrize(
+    ("take", "given", "back"),
+    [
+        (take_login, Login(url="u", api_key=HIDDEN, k=HIDDEN), Login(url="u")),
+        (take_account, Account("n", HIDDEN), Account("n", "none")),
+        (take_connection, Connection("h", HIDDEN), Connection("h")),
+    ],
+    ids=["pydantic", "dataclass", "struct"],
+)
+def test_secrets_inside_of_objects_are_left_out(take, given, back):
+    """Fields named like secrets are not stored, and have their defaults in a replay."""
+    encoded = encode_arguments(take, (given,), {})
+    assert HIDDEN.encode() not in encoded.payload
+    assert encoded.left_out
+    assert encoded.not_replayable_because is None
+    args, kwargs = bind(take, encoded.payload, encoded.codec)
+    assert take(*args, **kwargs) == back
+
+
+@pytest.mark.parametrize(
+    ("take", "given"),
+    [
+        (take_strict_login, StrictLogin(login=Login(url="u", api_key=HIDDEN), password=HIDDEN)),
+        (take_strict_account, StrictAccount(HIDDEN)),
+    ],
+    ids=["pydantic", "dataclass"],
+)
+def test_objects_that_need_their_secrets_are_stored_and_not_replayed(take, given):
+    """Without a secret that it needs an object cannot be made again, which is said at once."""
+    encoded = encode_arguments(take, (given,), {})
+    assert encoded.codec == ARGUMENTS
+    assert HIDDEN.encode() not in encoded.payload
+    assert "password" in encoded.not_replayable_because
+    with pytest.raises(CannotReplayError):
+        bind(take, encoded.payload, encoded.codec)
+
+
+def test_secrets_inside_of_library_objects_are_left_out():
+    """Objects of stix2 and PyMISP come back without what is named like a secret."""
+    account = stix2.UserAccount(user_id="u", credential=HIDDEN)
+    event = pymisp.MISPEvent()
+    event.from_dict(info="i", api_key=HIDDEN)
+    for one in (account, event):
+        encoded = encode_arguments(lambda it: it, (one,), {})
+        assert HIDDEN.encode() not in encoded.payload
+        assert len(encoded.left_out) == 1
+        assert encoded.not_replayable_because is None
+        assert HIDDEN.encode() in encode_item(one).payload
+
+
+def test_items_keep_their_secrets():
+    """An item is what was ingested: it is stored with all that is in it."""
+    for one in (Login(url="u", api_key=HIDDEN), StrictAccount(HIDDEN), Connection("h", HIDDEN)):
+        encoded = encode_item(one)
+        assert HIDDEN.encode() in encoded.payload
+        assert encoded.not_replayable_because is None
+
+
+def test_arguments_that_do_not_fit_hide_secrets_by_their_place():
+    """Where a parameter's name says so, the text about arguments does not show its value."""
+    encoded = encode_arguments(with_secrets, ("u", HIDDEN, "more"), {"client_secret": HIDDEN})
+    assert encoded.codec == TEXT
+    assert HIDDEN.encode() not in encoded.payload
+    assert b"'u'" in encoded.payload

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from periscope_otel.dead_letter.errors import CannotReplayError
 from periscope_otel.dead_letter.values import decode, encode, fit, hints_of
-from periscope_otel.redaction import clean_name, redact
+from periscope_otel.redaction import clean_name, names_a_secret, redact
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -34,6 +34,7 @@ TEXT: Final = "text"
 MSGPACK: Final = "application/msgpack"
 PLAIN: Final = "text/plain; charset=utf-8"
 
+_HIDDEN: Final = "[redacted]"
 _LONGEST_TEXT: Final = 64 * 1024
 _RECEIVERS: Final = ("self", "cls")
 _COLLECTIONS: Final = ("builtins", "collections", "collections.abc", "typing")
@@ -46,6 +47,7 @@ class Encoded(NamedTuple):
     codec: str
     content_type: str = MSGPACK
     not_replayable_because: str | None = None
+    """Why the payload, although it is stored, cannot be handed to its operation."""
     left_out: tuple[str, ...] = ()
     """Parameters named like secrets, which are not stored; the handler supplies them."""
 
@@ -66,7 +68,7 @@ def encode_arguments(
     try:
         bound = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):
-        return _as_text((args, dict(kwargs)), "the arguments do not fit")
+        return _as_text(_without_secrets(function, args, kwargs), "the arguments do not fit")
     receiver = next(iter(bound), "")
     if receiver in _RECEIVERS:
         del bound[receiver]
@@ -100,11 +102,32 @@ def encode_selected(value: object, function: Callable[..., Any] | None) -> Encod
 
 
 def _encode(value: object, codec: str, left_out: list[str] | None) -> Encoded:
+    incomplete: list[str] = []
     try:
-        payload = encode(value, left_out)
+        payload = encode(value, left_out, incomplete)
     except Exception as error:  # noqa: BLE001  (foreign objects may raise anything)
         return _as_text(value, f"{type(error).__name__}: {error}")
-    return Encoded(payload, codec, left_out=tuple(left_out or ()))
+    because = clean_name("; ".join(incomplete)) if incomplete else None
+    return Encoded(payload, codec, not_replayable_because=because, left_out=tuple(left_out or ()))
+
+
+def _without_secrets(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """Return arguments that do not fit, without those whose names say that they are secrets."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        parameters = ()  # type: ignore[assignment]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [one.name for one in parameters if one.kind in positional]
+    return (
+        tuple(
+            _HIDDEN if place < len(names) and names_a_secret(names[place]) else one
+            for place, one in enumerate(args)
+        ),
+        {name: _HIDDEN if names_a_secret(name) else one for name, one in kwargs.items()},
+    )
 
 
 class _ShortText(reprlib.Repr):

@@ -66,15 +66,19 @@ class _ForkGate:
         self._inside = 0
         self._forking = False
 
-    def __enter__(self) -> None:
+    def enter(self) -> None:
+        """Begin something that no fork should come in between."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._forking, FORK_WAIT)
+            if self._forking:
+                self._changed.wait_for(lambda: not self._forking, FORK_WAIT)
             self._inside += 1
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
+        """End it."""
         with self._changed:
             self._inside -= 1
-            self._changed.notify_all()
+            if self._forking:
+                self._changed.notify_all()
 
     def before_fork(self) -> None:
         """Let nothing begin, and wait until all that has begun is over, for a second at most."""
@@ -174,12 +178,9 @@ class Database:
             StoreError: If the file cannot be written to, now or at all; or if this thread is
                 writing to it already, as where a signal handler or a finaliser interrupts it.
         """
-        level = {None: self._synchronous, False: "NORMAL", True: "FULL"}[durable]
-        with (
-            self._turn(),
-            _explained(self.path),
-            self._patiently(lambda: self._begin(level)) as connection,
-        ):
+        level = self._synchronous if durable is None else "FULL" if durable else "NORMAL"
+        with self._turn(), _explained(self.path):
+            connection = self._patiently(lambda: self._begin(level))
             try:
                 yield connection
                 connection.execute("COMMIT")
@@ -187,6 +188,8 @@ class Database:
                 if connection.in_transaction:
                     connection.execute("ROLLBACK")
                 raise
+            finally:
+                _gate.leave()
 
     def _begin(self, level: str) -> sqlite3.Connection:
         """Begin a transaction that is written as safely as is asked for."""
@@ -204,7 +207,9 @@ class Database:
             with self._borrowed() as connection:
                 return connection.execute(query, values).fetchall()
 
-        with _explained(self.path), self._patiently(rows) as found:
+        with _explained(self.path):
+            found = self._patiently(rows)
+            _gate.leave()
             return found
 
     def checkpoint(self) -> None:
@@ -217,9 +222,12 @@ class Database:
     def _begin_log_anew(self) -> None:
         with self._turn(), _explained(self.path):
             for pause in self._pauses():
-                with _gate:
+                _gate.enter()
+                try:
                     query = "PRAGMA wal_checkpoint(TRUNCATE)"
                     ((busy, *_),) = self._writer().execute(query).fetchall()
+                finally:
+                    _gate.leave()
                 if not busy:
                     return
                 time.sleep(pause)
@@ -239,23 +247,23 @@ class Database:
             finally:
                 self._is_inside = False
 
-    @contextmanager
-    def _patiently(self, begin: Callable[[], Begun]) -> Iterator[Begun]:
-        """Give what a function returns, which is tried again while another process is at the file.
+    def _patiently(self, begin: Callable[[], Begun]) -> Begun:
+        """Return what a function returns, tried again while another process is at the file.
 
-        The gate is closed from its success to the end of the block, and open between two tries: a
-        fork meets nothing then that its child would inherit half done.
+        The gate is closed then, until it is left by the caller. Between two tries it is open: a
+        fork meets nothing that its child would inherit half done.
         """
-        for pause in self._pauses():
-            with _gate:
-                try:
-                    begun = begin()
-                except sqlite3.OperationalError as error:
-                    if not pause or not _is_busy(error):
-                        raise
-                else:
-                    yield begun
-                    return
+        pauses: Iterator[float] | None = None
+        while True:
+            _gate.enter()
+            try:
+                return begin()
+            except BaseException as error:
+                _gate.leave()
+                pauses = pauses or self._pauses()
+                pause = next(pauses) if isinstance(error, sqlite3.Error) else 0.0
+                if not pause or not _is_busy(error):
+                    raise
             time.sleep(pause)
 
     def _pauses(self) -> Iterator[float]:
@@ -398,7 +406,7 @@ def _file_system_of(folder: Path) -> str:
     return ""
 
 
-def _is_busy(error: sqlite3.Error) -> bool:
+def _is_busy(error: BaseException) -> bool:
     return (getattr(error, "sqlite_errorcode", 0) & 0xFF) == sqlite3.SQLITE_BUSY
 
 

@@ -46,7 +46,7 @@ LONGEST_RETRY: Final = 3600.0
 
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS outbox (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
     queue TEXT NOT NULL,
     put_at REAL NOT NULL,
@@ -82,7 +82,7 @@ END;
 CREATE TABLE IF NOT EXISTS damaged (id TEXT, put_at REAL, letter BLOB, why TEXT) STRICT;
 """
 
-_BLOB: Final = (
+BLOB: Final = (
     "ifnull(letter, (SELECT letter FROM outbox_blobs AS blobs WHERE blobs.seq = outbox.seq))"
 )
 _KEPT: Final = "seq, id, queue, size"
@@ -216,7 +216,7 @@ class Outbox:
         kept = _that_fit(kept)
         blobs = dict(
             self.database.read(
-                f"SELECT seq, {_BLOB} FROM outbox WHERE seq IN (SELECT value FROM json_each(?))",  # noqa: S608
+                f"SELECT seq, {BLOB} FROM outbox WHERE seq IN (SELECT value FROM json_each(?))",  # noqa: S608
                 (msgspec.json.encode([one.seq for one in kept]).decode(),),
             )
         )
@@ -232,7 +232,7 @@ class Outbox:
         guard.warn("damaged letter", "the dead letter %s is damaged: %s", kept.id, why)
         with self.database.writing() as writing:
             writing.execute(
-                f"INSERT INTO damaged SELECT id, put_at, {_BLOB}, ? FROM outbox WHERE seq = ?",  # noqa: S608
+                f"INSERT INTO damaged SELECT id, put_at, {BLOB}, ? FROM outbox WHERE seq = ?",  # noqa: S608
                 (str(why), kept.seq),
             )
             writing.execute("DELETE FROM outbox WHERE seq = ?", (kept.seq,))

@@ -8,7 +8,7 @@ get their turn. Works on Redis 7.0 and newer and on Valkey.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -314,6 +314,28 @@ class RedisStore:
         """Give a letter back that was not tried; see `Store`."""
         return bool(self._settle(claim, "released"))
 
+    def advice(self) -> Sequence[str]:
+        """Return what should be set otherwise in this Redis so that it keeps letters.
+
+        Where it does not let its configuration be read, what it tells of itself is gone by.
+
+        Returns:
+            A sentence for each thing, with its remedy; nothing where all is well.
+
+        Raises:
+            StoreError: If it cannot be asked.
+        """
+        from redis.exceptions import ResponseError
+
+        told: dict[Any, Any] = {}
+        with self._talking() as client:
+            for section in ("memory", "persistence"):
+                with suppress(ResponseError):  # such as for a user who may not ask
+                    told |= client.info(section)
+            with suppress(ResponseError):
+                told |= client.config_get("save")
+        return _advice(told)
+
     def close(self) -> None:
         """Close the connections."""
         self._link.close()
@@ -380,6 +402,28 @@ def _kind_of(error: BaseException) -> type[StoreError]:
         and not text.startswith(("unknown command", "max number of clients"))
     )  # fmt: skip
     return RefusedError if about_this else StoreError
+
+
+def _advice(told: dict[Any, Any]) -> Sequence[str]:
+    advice: list[str] = []
+    policy = told.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        advice.append(
+            f"Redis removes keys when its memory is full (maxmemory-policy is {policy}), and with "
+            "them dead letters: set `maxmemory-policy noeviction`."
+        )
+    save = told.get("save", told.get(b"save"))  # a client that decodes nothing tells bytes
+    if told.get("aof_enabled", 1) == 0 and save in ("", b""):
+        advice.append(
+            "Redis keeps nothing on disk (neither AOF nor RDB), so a restart loses all dead "
+            "letters: set `appendonly yes`."
+        )
+    elif told.get("aof_enabled", 1) == 0 and save is None:
+        advice.append(
+            "Redis has no append-only file, and does not say whether it takes snapshots (RDB); "
+            "without them a restart loses all dead letters: set `appendonly yes`."
+        )
+    return advice
 
 
 def _source(name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Final
 
 SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS letters (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    seq INTEGER PRIMARY KEY,
     id TEXT NOT NULL,
     queue TEXT NOT NULL,
     state TEXT NOT NULL,
@@ -43,52 +43,47 @@ CREATE TABLE IF NOT EXISTS removed (
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS removed_by_time ON removed (until);
 
--- Counts. There are few states and feeds; of fingerprints the most frequent are found by an index.
-CREATE TABLE IF NOT EXISTS letter_states (
-    queue TEXT, state TEXT, letters INTEGER NOT NULL, size INTEGER NOT NULL,
-    PRIMARY KEY (queue, state)
+-- Counts by state, feed and cause (fingerprint). They are in one table, so that a put writes one
+-- page for them; of the causes the most frequent are found by an index.
+CREATE TABLE IF NOT EXISTS letter_counts (
+    queue TEXT, kind TEXT, name TEXT, letters INTEGER NOT NULL, size INTEGER NOT NULL,
+    PRIMARY KEY (queue, kind, name)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS letter_feeds (
-    queue TEXT, feed TEXT, letters INTEGER NOT NULL, PRIMARY KEY (queue, feed)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS letter_causes (
-    queue TEXT, fingerprint TEXT, letters INTEGER NOT NULL, PRIMARY KEY (queue, fingerprint)
-) STRICT, WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS letter_causes_by_letters ON letter_causes (queue, letters);
+CREATE INDEX IF NOT EXISTS letter_causes ON letter_counts (queue, letters) WHERE kind = 'cause';
 
 CREATE TRIGGER IF NOT EXISTS letters_added AFTER INSERT ON letters BEGIN
-    INSERT INTO letter_states VALUES (new.queue, new.state, 1, new.size)
+    INSERT INTO letter_counts VALUES
+        (new.queue, 'state', new.state, 1, new.size),
+        (new.queue, 'feed', new.feed, 1, 0),
+        (new.queue, 'cause', new.fingerprint, 1, 0)
     ON CONFLICT DO UPDATE SET letters = letters + 1, size = size + excluded.size;
-    INSERT INTO letter_feeds VALUES (new.queue, new.feed, 1)
-    ON CONFLICT DO UPDATE SET letters = letters + 1;
-    INSERT INTO letter_causes VALUES (new.queue, new.fingerprint, 1)
-    ON CONFLICT DO UPDATE SET letters = letters + 1;
 END;
 CREATE TRIGGER IF NOT EXISTS letters_removed AFTER DELETE ON letters BEGIN
     DELETE FROM letter_blobs WHERE seq = old.seq;
-    UPDATE letter_states SET letters = letters - 1, size = size - old.size
-    WHERE queue = old.queue AND state = old.state;
-    UPDATE letter_feeds SET letters = letters - 1 WHERE queue = old.queue AND feed = old.feed;
-    DELETE FROM letter_feeds WHERE queue = old.queue AND feed = old.feed AND letters = 0;
-    UPDATE letter_causes SET letters = letters - 1
-    WHERE queue = old.queue AND fingerprint = old.fingerprint;
-    DELETE FROM letter_causes
-    WHERE queue = old.queue AND fingerprint = old.fingerprint AND letters = 0;
+    UPDATE letter_counts SET letters = letters - 1, size = size - old.size
+    WHERE queue = old.queue AND kind = 'state' AND name = old.state;
+    UPDATE letter_counts SET letters = letters - 1
+    WHERE queue = old.queue AND kind = 'feed' AND name = old.feed;
+    UPDATE letter_counts SET letters = letters - 1
+    WHERE queue = old.queue AND kind = 'cause' AND name = old.fingerprint;
+    DELETE FROM letter_counts
+    WHERE queue = old.queue AND kind IN ('state', 'feed', 'cause')
+        AND name IN (old.state, old.feed, old.fingerprint) AND letters = 0;
 END;
 CREATE TRIGGER IF NOT EXISTS letters_moved AFTER UPDATE OF state, size ON letters
 WHEN old.state <> new.state OR old.size <> new.size BEGIN
-    UPDATE letter_states SET letters = letters - 1, size = size - old.size
-    WHERE queue = old.queue AND state = old.state;
-    INSERT INTO letter_states VALUES (new.queue, new.state, 1, new.size)
+    UPDATE letter_counts SET letters = letters - 1, size = size - old.size
+    WHERE queue = old.queue AND kind = 'state' AND name = old.state;
+    INSERT INTO letter_counts VALUES (new.queue, 'state', new.state, 1, new.size)
     ON CONFLICT DO UPDATE SET letters = letters + 1, size = size + excluded.size;
 END;
 CREATE TRIGGER IF NOT EXISTS letters_failed AFTER UPDATE OF fingerprint ON letters
 WHEN old.fingerprint <> new.fingerprint BEGIN
-    UPDATE letter_causes SET letters = letters - 1
-    WHERE queue = old.queue AND fingerprint = old.fingerprint;
-    DELETE FROM letter_causes
-    WHERE queue = old.queue AND fingerprint = old.fingerprint AND letters = 0;
-    INSERT INTO letter_causes VALUES (new.queue, new.fingerprint, 1)
+    UPDATE letter_counts SET letters = letters - 1
+    WHERE queue = old.queue AND kind = 'cause' AND name = old.fingerprint;
+    DELETE FROM letter_counts
+    WHERE queue = old.queue AND kind = 'cause' AND name = old.fingerprint AND letters = 0;
+    INSERT INTO letter_counts VALUES (new.queue, 'cause', new.fingerprint, 1, 0)
     ON CONFLICT DO UPDATE SET letters = letters + 1;
 END;
 """

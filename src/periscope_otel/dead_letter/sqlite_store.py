@@ -57,10 +57,11 @@ _FAILURE: Final = (
     "attempts = attempts + ?, revision = revision + 1"
 )
 _BACK: Final = "seq, queue, same, failed_at"
-_ROW: Final = (
-    "ifnull(letter, (SELECT letter FROM letter_blobs AS blobs WHERE blobs.seq = letters.seq)), "
-    "latest, state, revision, attempts, replays, seq"
+BLOB: Final = (
+    "ifnull(letter, (SELECT letter FROM letter_blobs AS blobs WHERE blobs.seq = letters.seq))"
 )
+ROW: Final = f"{BLOB}, latest, state, revision, attempts, replays, seq"
+"""Columns that `letter_of` reads."""
 
 
 class SQLiteStore:
@@ -122,7 +123,7 @@ class SQLiteStore:
             return "known"
         same = payload_identity(letter)
         twin = writing.execute(
-            f"SELECT id, failed_at, {_ROW} FROM letters "  # noqa: S608
+            f"SELECT id, failed_at, {ROW} FROM letters "  # noqa: S608
             "WHERE same = ? AND state <> 'claimed' AND queue = ?",
             (same, letter.queue),
         ).fetchone()
@@ -139,9 +140,9 @@ class SQLiteStore:
 
     def get(self, letter_id: str, queue: str = "default") -> Letter | None:
         """Return a letter by its id; see `Store`."""
-        query = f"SELECT {_ROW} FROM letters WHERE id = ? AND queue = ?"  # noqa: S608
+        query = f"SELECT {ROW} FROM letters WHERE id = ? AND queue = ?"  # noqa: S608
         rows = self.database.read(query, (letter_id, checked_queue(queue)))
-        return _letter(rows[0]) if rows else None
+        return letter_of(rows[0]) if rows else None
 
     def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
         """Return those ids of which nothing is known; see `Store`."""
@@ -169,31 +170,30 @@ class SQLiteStore:
             values = (*values, _sequence(cursor))
         order = "DESC" if newest_first else "ASC"
         rows = self.database.read(
-            f"SELECT {_ROW} FROM letters WHERE {conditions} "  # noqa: S608
+            f"SELECT {ROW} FROM letters WHERE {conditions} "  # noqa: S608
             f"ORDER BY {_seq(where)} {order} LIMIT ?",
             (*values, limit),
         )
-        return Page(readable(rows, _letter), str(rows[-1][-1]) if len(rows) == limit else None)
+        return Page(readable(rows, letter_of), str(rows[-1][-1]) if len(rows) == limit else None)
 
     def stats(self, queue: str = "default") -> Stats:
         """Return how many letters there are; see `Store`."""
 
-        def by(table: str, column: str) -> dict[Any, int]:
+        def by(kind: str) -> dict[Any, int]:
             return dict(
                 self.database.read(
-                    f"SELECT {column}, letters FROM {table} WHERE queue = ? AND letters > 0 "  # noqa: S608
-                    f"AND {column} <> '' ORDER BY letters DESC LIMIT {_MOST_FACETS}",
+                    f"SELECT name, letters FROM letter_counts WHERE queue = ? AND kind = '{kind}' "  # noqa: S608
+                    f"AND letters > 0 AND name <> '' ORDER BY letters DESC LIMIT {_MOST_FACETS}",
                     (queue,),
                 )
             )
 
         ((oldest, size),) = self.database.read(
             "SELECT (SELECT min(failed_at) FROM letters WHERE queue = ?1 AND state = 'dead'), "
-            "(SELECT ifnull(sum(size), 0) FROM letter_states WHERE queue = ?1)",
+            "(SELECT ifnull(sum(size), 0) FROM letter_counts WHERE queue = ?1 AND kind = 'state')",
             (checked_queue(queue),),
         )
-        feeds, causes = by("letter_feeds", "feed"), by("letter_causes", "fingerprint")
-        return Stats(by("letter_states", "state"), feeds, causes, oldest, size)
+        return Stats(by("state"), by("feed"), by("cause"), oldest, size)
 
     def requeue(self, where: Filter, limit: int | None = None) -> int:
         """Queue letters for the next replayer; see `Store`."""
@@ -222,7 +222,7 @@ class SQLiteStore:
                 "UPDATE letters SET before = state, state = 'claimed', owner = ?, until = ?, "  # noqa: S608
                 "revision = revision + 1 WHERE seq IN "
                 f"(SELECT seq FROM letters WHERE {conditions} ORDER BY {_seq(where)} LIMIT ?) "
-                f"RETURNING {_ROW}",
+                f"RETURNING {ROW}",
                 (owner, now + lease, *values, max(0, limit)),
             ).fetchall()
             for row in rows:
@@ -234,7 +234,7 @@ class SQLiteStore:
                         (row[-1],),
                     )
         rows.sort(key=lambda row: row[-1])
-        return [Claim(letter, owner, now + lease) for letter in readable(rows, _letter)]
+        return [Claim(letter, owner, now + lease) for letter in readable(rows, letter_of)]
 
     def renew(self, claim: Claim, lease: float) -> Claim | None:
         """Hold a claim for longer; see `Store`."""
@@ -333,12 +333,12 @@ class SQLiteStore:
         """
         for seq, queue, same, failed_at in ended:
             twins = writing.execute(
-                f"SELECT {_ROW} FROM letters WHERE same = ? AND queue = ? AND state <> 'claimed' "  # noqa: S608
+                f"SELECT {ROW} FROM letters WHERE same = ? AND queue = ? AND state <> 'claimed' "  # noqa: S608
                 "AND seq <> ? AND EXISTS (SELECT 1 FROM letters WHERE seq = ?3)",
                 (same, queue, seq),
             ).fetchall()
             for twin in (row for row in twins if _damage_of(row) is None):
-                letter = _letter(twin)
+                letter = letter_of(twin)
                 older = math.nextafter(failed_at, math.inf)  # only what is newer replaces its error
                 _take_in(writing, seq, older, letter)
                 writing.execute(
@@ -358,14 +358,14 @@ class SQLiteStore:
 
 
 def _insert(writing: Connection, letter: Letter, blob: bytes, same: str) -> None:
-    error_type, fingerprint, failed_at, not_before, _ = _failure(letter)
     row = writing.execute(
         "INSERT INTO letters (id, queue, state, operation, feed, fingerprint, error_type, same,"
         " failed_at, not_before, attempts, replays, size, letter) "
         "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (letter.id, letter.queue, resting_state(letter.state), letter.operation, letter.feed or "",
-         fingerprint, error_type, same, failed_at, not_before, letter.attempts, letter.replays,
-         len(blob), blob if len(blob) < LONG else None),
+         letter.fingerprint, letter.error_type or "", same, finite(letter.last_failed_at),
+         finite(letter.not_before), letter.attempts, letter.replays, len(blob),
+         blob if len(blob) < LONG else None),
     )  # fmt: skip
     if len(blob) >= LONG:
         writing.execute("INSERT INTO letter_blobs VALUES (?, ?)", (row.lastrowid, blob))
@@ -416,7 +416,12 @@ def _end(writing: Connection, claim: Claim, statement: str, *values: Any) -> lis
     ).fetchall()
 
 
-def _letter(row: Sequence[Any]) -> Letter:
+def letter_of(row: Sequence[Any]) -> Letter:
+    """Return the letter of a row that was selected as `ROW`.
+
+    Raises:
+        DamagedLetterError: If it is none.
+    """
     blob, latest, state, revision, attempts, replays, seq = row
     found = (blob, latest or b"", state, revision, attempts, replays)
     if tuple(map(type, found)) != (bytes, bytes, str, int, int, int):
@@ -429,7 +434,7 @@ def _letter(row: Sequence[Any]) -> Letter:
 
 def _damage_of(row: Sequence[Any]) -> DamagedLetterError | None:
     try:
-        _letter(row)
+        letter_of(row)
     except DamagedLetterError as error:
         return error
     return None

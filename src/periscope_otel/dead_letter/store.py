@@ -8,7 +8,7 @@ who work on the same letter cannot both win.
 from __future__ import annotations
 
 import asyncio
-import functools
+import contextlib
 import hashlib
 import math
 import re
@@ -23,6 +23,7 @@ from periscope_otel.redaction import clean_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
+    from types import TracebackType
     from typing import Self
 
     from periscope_otel.dead_letter.letter import Letter, State
@@ -118,6 +119,18 @@ class Store(Protocol):
 
     url: str
     """Where it is, without secrets."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None:
+        """Close it."""
+        ...
 
     def put(self, letters: Sequence[Letter], *, revive: bool = False) -> list[Put]:
         """Store letters, all or none; putting one twice stores it once.
@@ -283,22 +296,96 @@ class AsyncStore:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        method = getattr(self.store, name)
-        if name.startswith("_") or not callable(method):
-            raise AttributeError(f"a store has no method {name!r}")
+    @property
+    def url(self) -> str:
+        """Where it is, without secrets."""
+        return self.store.url
 
-        @functools.wraps(method)
-        async def in_a_thread(*args: Any, **kwargs: Any) -> Any:
-            return await asyncio.to_thread(method, *args, **kwargs)
+    async def put(self, letters: Sequence[Letter], *, revive: bool = False) -> list[Put]:
+        """Store letters; see `Store`."""
+        return await asyncio.to_thread(self.store.put, letters, revive=revive)
 
-        return in_a_thread
+    async def get(self, letter_id: str, queue: str = "default") -> Letter | None:
+        """Return a letter by its id; see `Store`."""
+        return await asyncio.to_thread(self.store.get, letter_id, queue)
+
+    async def missing(self, ids: Sequence[str], queue: str = "default") -> Sequence[str]:
+        """Return those ids of which nothing is known; see `Store`."""
+        return await asyncio.to_thread(self.store.missing, ids, queue)
+
+    async def list(
+        self,
+        where: Filter,
+        *,
+        cursor: str | None = None,
+        limit: int = PAGE,
+        newest_first: bool = False,
+    ) -> Page:
+        """Return a page of letters; see `Store`."""
+        return await asyncio.to_thread(
+            self.store.list, where, cursor=cursor, limit=limit, newest_first=newest_first
+        )
+
+    async def stats(self, queue: str = "default") -> Stats:
+        """Return how many letters there are; see `Store`."""
+        return await asyncio.to_thread(self.store.stats, queue)
+
+    async def requeue(self, where: Filter, limit: int | None = None) -> int:
+        """Queue dead letters for the next replayer; see `Store`."""
+        return await asyncio.to_thread(self.store.requeue, where, limit)
+
+    async def claim(
+        self, owner: str, lease: float, limit: int = 1, where: Filter | None = None
+    ) -> Sequence[Claim]:
+        """Take letters to replay; see `Store`. Where it is cancelled, they are given back."""
+        claiming = asyncio.ensure_future(
+            asyncio.to_thread(self.store.claim, owner, lease, limit, where)
+        )
+        try:
+            return await asyncio.shield(claiming)
+        except asyncio.CancelledError:
+            # Shielded, too: a thread cannot be cancelled, and what it claims has to come back.
+            await asyncio.shield(self._give_back(claiming))
+            raise
+
+    async def _give_back(self, claiming: asyncio.Future[Sequence[Claim]]) -> None:
+        with contextlib.suppress(StoreError):
+            for claim in await claiming:
+                await asyncio.to_thread(self.store.release, claim)
+
+    async def renew(self, claim: Claim, lease: float) -> Claim | None:
+        """Hold a claim for longer; see `Store`."""
+        return await asyncio.to_thread(self.store.renew, claim, lease)
+
+    async def settle(self, claim: Claim, failed: Letter | None = None) -> bool:
+        """End a claim; see `Store`."""
+        return await asyncio.to_thread(self.store.settle, claim, failed)
+
+    async def release(self, claim: Claim) -> bool:
+        """Give a letter back that was not tried; see `Store`."""
+        return await asyncio.to_thread(self.store.release, claim)
+
+    async def park(self, where: Filter) -> int:
+        """Take letters out of every replay; see `Store`."""
+        return await asyncio.to_thread(self.store.park, where)
+
+    async def unpark(self, where: Filter) -> int:
+        """Make parked letters dead again; see `Store`."""
+        return await asyncio.to_thread(self.store.unpark, where)
+
+    async def purge(self, where: Filter, *, dry_run: bool = True) -> int:
+        """Remove letters for good; see `Store`."""
+        return await asyncio.to_thread(self.store.purge, where, dry_run=dry_run)
+
+    async def close(self) -> None:
+        """Let go of files and connections."""
+        await asyncio.to_thread(self.store.close)
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await asyncio.to_thread(self.store.close)
+        await self.close()
 
 
 def readable(rows: Iterable[Row], read: Callable[[Row], Letter]) -> list[Letter]:
@@ -375,12 +462,22 @@ def new_owner() -> str:
     return uuid.uuid4().hex
 
 
-def copy(letters: Iterable[Letter], store: Store, batch: int = 64) -> int:
-    """Put letters into a store, some at a time; returns how many were new."""
+def copy(letters: Iterable[Letter], store: Store, batch: int = 64, *, revive: bool = False) -> int:
+    """Put letters into a store, some at a time.
+
+    Args:
+        letters: Which.
+        store: Where to.
+        batch: Letters of one put.
+        revive: Store also those that were removed a moment ago.
+
+    Returns:
+        How many were new.
+    """
     stored, waiting = 0, []
     for letter in letters:
         waiting.append(letter)
         if len(waiting) == batch:
-            stored += store.put(waiting).count("stored")
+            stored += store.put(waiting, revive=revive).count("stored")
             waiting = []
-    return stored + (store.put(waiting).count("stored") if waiting else 0)
+    return stored + (store.put(waiting, revive=revive).count("stored") if waiting else 0)

@@ -10,7 +10,9 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import functools
 import ipaddress
+import json
 import pathlib
 import types
 import typing
@@ -74,25 +76,29 @@ _HIDDEN_IN_JSON: Final = '"**********"'
 _ENCODE: Final = msgspec.msgpack.Encoder().encode
 
 
-def encode(value: Any, left_out: list[str] | None = None) -> bytes:
+def encode(
+    value: Any, left_out: list[str] | None = None, incomplete: list[str] | None = None
+) -> bytes:
     """Return a value as msgpack.
 
     Args:
         value: Anything that is data.
         left_out: Where entries named like secrets are noted, which are not stored then; None
             stores everything.
+        incomplete: Where it is noted why an object cannot be made again without what was left out.
 
     Raises:
         NotCarriedError: If it, or something in it, is no data.
     """
-    return _ENCODE(_Walk(left_out).plain(value))
+    return _ENCODE(_Walk(left_out, incomplete).plain(value))
 
 
 class _Walk:
     """Turns one value, and all that is in it, into msgpack's own types and extensions."""
 
-    def __init__(self, left_out: list[str] | None) -> None:
+    def __init__(self, left_out: list[str] | None, incomplete: list[str] | None = None) -> None:
         self._left_out = left_out
+        self._incomplete = [] if incomplete is None else incomplete
         self._path: list[str] = []
 
     def plain(self, value: Any, name: str = "") -> Any:
@@ -142,16 +148,54 @@ class _Walk:
         for base in cls.__mro__:
             library = _LIBRARIES.get(_name_of(base))
             if library is not None:
-                return _json_of(value, *library)
+                return self._json(value, *library)
         names = _fields_of(cls)
         if names is None:
             raise NotCarriedError(f"{_name_of(cls)} is no data")
         kept = [name for name in names if not self._leaves_out(name)]
+        for name in set(names) - set(kept) - _defaults_of(cls).keys():
+            self._incomplete.append(f"{cls.__qualname__}.{name} was not stored, and has no default")
         fields = {name: self.plain(getattr(value, name), name) for name in kept}
         return _ext(_OBJECT, _ENCODE((_name_of(cls), fields)))
 
-    def _leaves_out(self, name: object) -> bool:
-        if self._left_out is None or not isinstance(name, str) or not names_a_secret(name):
+    def _json(self, value: Any, code: int, to_json: Callable[[Any], str]) -> msgspec.msgpack.Ext:
+        """Return an object of a library as its JSON, without what is named like a secret."""
+        text = to_json(value)
+        cls = type(value)
+        known = len(self._left_out or ())
+        if self._left_out is not None:
+            aliases = _secret_aliases(cls) if code == _PYDANTIC else frozenset()
+            content = self._without_secrets(json.loads(text), aliases)
+            if len(self._left_out) > known:
+                text = json.dumps(content)
+        if _HIDDEN_IN_JSON in text:
+            raise NotCarriedError(f"a {cls.__name__} holds a secret")
+        if len(self._left_out or ()) > known:
+            try:
+                _make(Stored(_LIBRARY_OF[code], _name_of(cls), text), {cls})
+            except Exception:  # noqa: BLE001  (a library refuses in its own way)
+                named = ", ".join((self._left_out or [])[known:])
+                self._incomplete.append(f"a {cls.__name__} cannot be made without {named}")
+        return _ext(code, _ENCODE((_name_of(cls), text)))
+
+    def _without_secrets(self, content: Any, aliases: frozenset[str]) -> Any:
+        if isinstance(content, list):
+            return [self._without_secrets(one, aliases) for one in content]
+        if not isinstance(content, dict):
+            return content
+        kept: dict[str, Any] = {}
+        for name, one in content.items():
+            if self._leaves_out(name, always=name in aliases):
+                continue
+            self._path.append(name)
+            kept[name] = self._without_secrets(one, aliases)
+            self._path.pop()
+        return kept
+
+    def _leaves_out(self, name: object, *, always: bool = False) -> bool:
+        if self._left_out is None or not isinstance(name, str):
+            return False
+        if not always and not names_a_secret(name):
             return False
         self._left_out.append(clean_name(".".join([*filter(None, self._path), name])))
         return True
@@ -196,11 +240,17 @@ def _whole_number(value: int) -> int | msgspec.msgpack.Ext:
     return value if value in _WHOLE_NUMBERS else _ext(_NUMBER, str(value))
 
 
-def _json_of(value: Any, code: int, to_json: Callable[[Any], str]) -> msgspec.msgpack.Ext:
-    text = to_json(value)
-    if _HIDDEN_IN_JSON in text:
-        raise NotCarriedError(f"a {type(value).__name__} holds a secret")
-    return _ext(code, _ENCODE((_name_of(type(value)), text)))
+def _secret_aliases(cls: Any) -> frozenset[str]:
+    """Return what the JSON of a pydantic model, and of those in it, calls fields of secrets."""
+    models = {cls, *(one for one in _classes_in(cls) if hasattr(one, "model_fields"))}
+    aliases: set[str] = set()
+    for model in models:
+        for name, about in model.model_fields.items():
+            if names_a_secret(name):
+                aliases |= {
+                    one for one in (about.serialization_alias, about.alias) if isinstance(one, str)
+                }
+    return frozenset(aliases)
 
 
 def _fields_of(cls: Any) -> Sequence[str] | None:
@@ -212,6 +262,33 @@ def _fields_of(cls: Any) -> Sequence[str] | None:
             return tuple(getattr(cls, listed))
     if hasattr(cls, "__attrs_attrs__"):
         return [one.name for one in cls.__attrs_attrs__]
+    return None
+
+
+def _defaults_of(cls: Any) -> dict[str, Callable[[], Any]]:
+    """Return what makes the defaults of a class's fields, for those that have one."""
+    if dataclasses.is_dataclass(cls):
+        made: dict[str, Callable[[], Any]] = {}
+        for one in dataclasses.fields(cls):
+            if one.default is not dataclasses.MISSING:
+                made[one.name] = functools.partial(_same, one.default)
+            elif one.default_factory is not dataclasses.MISSING:
+                made[one.name] = one.default_factory
+        return made
+    # Of the others only the names count: their own constructors know the defaults.
+    if hasattr(cls, "__struct_fields__"):
+        return {one.name: _none for one in msgspec.structs.fields(cls) if not one.required}
+    if hasattr(cls, "_field_defaults"):
+        return dict.fromkeys(cls._field_defaults, _none)
+    attributes = getattr(cls, "__attrs_attrs__", ())
+    return {one.name: _none for one in attributes if type(one.default).__name__ != "_Nothing"}
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _none() -> None:
     return None
 
 
@@ -381,7 +458,13 @@ def _stix2_object(text: Any) -> Any:
 def _object_of(cls: Any, content: dict[str, Any], known: set[type]) -> Any:
     """Return an object with the fields that it had."""
     wanted = _fields_of(cls)
-    if wanted is None or set(wanted) != content.keys():
+    defaults = _defaults_of(cls)
+    # Fields of secrets are not stored.
+    left_out = {one for one in wanted or () if one not in content and names_a_secret(one)}
+    if needed := left_out - defaults.keys():
+        named = ", ".join(sorted(needed))
+        raise CannotReplayError(f"{cls.__qualname__} cannot be made without {named}")
+    if wanted is None or set(wanted) - left_out != content.keys():
         different = ", ".join(sorted(set(wanted or ()) ^ content.keys()))
         raise CannotReplayError(f"{cls.__qualname__} has other fields by now: {different}")
     hints = hints_of(cls)
@@ -390,6 +473,7 @@ def _object_of(cls: Any, content: dict[str, Any], known: set[type]) -> Any:
         return cls(**fields)  # a Struct, a named tuple or a class of attrs
     new: Any = object.__new__
     made = new(cls)  # its `__init__` has run once already
+    fields |= {name: defaults[name]() for name in left_out}
     for name, one in fields.items():
         object.__setattr__(made, name, one)
     return made
