@@ -154,6 +154,25 @@ def test_a_dry_run_replays_nothing(dlq, store):
     assert store.stats().total == 2
 
 
+def test_a_letter_that_fails_too_often_is_parked(dlq, store):
+    """The fifth failed replay parks a letter, and the summary says so."""
+    letter = of_call("http://evil.example", replays=4)
+    store.put([letter])
+    done = dlq("replay", "--store", store.url, "--app", MODULE)
+    assert done.returncode == 1
+    assert f"{letter.id}  parked: ValueError" in done.stdout
+    assert "1 failed (1 of them too often: parked)" in done.stdout
+
+
+def test_many_letters_that_are_left_are_counted(dlq, store):
+    """Of letters that cannot be tried the first are told, and all are counted by reason."""
+    store.put(some(40, operation="unknown"))
+    done = dlq("replay", "--store", store.url, "--app", MODULE)
+    assert "40 left: no operation unknown is registered" in done.stdout
+    assert done.stdout.count("\n") < 30
+    assert "named by --app do not define" in done.stderr
+
+
 def test_without_operations_a_replay_says_what_is_missing(dlq, store):
     """Where nothing is registered the message says how to register it."""
     store.put([of_call("http://a.example")])

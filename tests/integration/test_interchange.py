@@ -25,7 +25,9 @@ from redis_servers import NoServerError, RedisServer
 from periscope_otel.dead_letter import DamagedLetterError, Filter, Letter, open_store
 from periscope_otel.dead_letter.bodies import FOLDER, BodyFiles
 from periscope_otel.dead_letter.draft import host_name
+from periscope_otel.dead_letter.errors import RefusedError
 from periscope_otel.dead_letter.interchange import (
+    DamagedLine,
     append_lines,
     export_letters,
     export_to,
@@ -267,6 +269,21 @@ def test_damaged_lines_do_not_stop_the_others(store):
     assert report.damaged == 3
 
 
+def test_a_letter_that_the_store_refuses_holds_no_other_up(store, monkeypatch):
+    """A refused letter is told with its line, and its batch is stored without it."""
+    letters = some(5)
+    put = type(store).put
+
+    def refusing(self, given, **how):
+        if letters[2].id in ids_of(given):
+            raise RefusedError("too large")
+        return put(self, given, **how)
+
+    monkeypatch.setattr(type(store), "put", refusing)
+    report = imported(store, b"".join(map(to_line, letters)))
+    assert (report.stored, report.lines) == (4, [DamagedLine(3, "too large")])
+
+
 def test_a_report_of_damaged_lines_is_bounded(store):
     """All damaged lines are counted, and the first hundred are told."""
     report = imported(store, b"garbage\n" * 1000)
@@ -363,6 +380,32 @@ def test_an_export_that_fails_leaves_nothing(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["letters.jsonl"]
 
 
+def test_a_file_system_without_hard_links_takes_an_export(tmp_path, monkeypatch):
+    """Where a file cannot have two names it is moved into its place, and replaces nothing."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    path = tmp_path / "letters.jsonl"
+    assert export_to(path, lambda file: file.write(b"one")) == 3
+    with pytest.raises(FileExistsError):
+        export_to(path, lambda file: file.write(b"two"))
+    assert [one.name for one in tmp_path.iterdir()] == ["letters.jsonl"]
+
+
+def test_a_payload_that_is_too_large_to_travel_stays_in_its_file(store, tmp_path, monkeypatch):
+    """A file above the limit is not read into an export; the letter names it as before."""
+    bodies = BodyFiles(tmp_path / FOLDER, inline=1)
+    letter = bodies.moved_out(a_letter(os.urandom(500)))
+    store.put([letter])
+    monkeypatch.setattr("periscope_otel.dead_letter.interchange.LARGEST_CARRIED", 499)
+    left: list[Letter] = []
+    line = exported(store, bodies=bodies, on_left_behind=left.append)
+    assert from_line(line).body_file == letter.body_file
+    assert ids_of(left) == [letter.id]
+
+
 def test_a_killed_export_leaves_the_file_that_was_there(tmp_path):
     """`kill -9` in the middle of an export changes nothing of a file of that name."""
     path = tmp_path / "letters.jsonl"
@@ -391,7 +434,7 @@ def test_a_line_that_was_cut_does_not_spoil_the_next(tmp_path):
     assert (report.stored, report.damaged) == (1, 1)
 
 
-def test_lines_that_do_not_fit_are_taken_back(tmp_path):
+def test_lines_that_do_not_fit_are_taken_back(tmp_path, uncovered):
     """A disk that is full in the middle of a line leaves the file as it was."""
     path = Path(tmp_path / "archive.jsonl")
     append_lines(path, [b"one\n"])

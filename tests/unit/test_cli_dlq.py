@@ -578,3 +578,70 @@ def test_stats_counts(dlq, put):
     ]
     assert result["by_fingerprint"][1]["error_type"] == "X"
     assert set(result["by_state"]) <= set(STATES)
+
+
+def test_stats_of_many_causes_are_bounded(dlq, put):
+    """People get the ten most frequent causes and feeds, programs all of them."""
+    put(*(a_letter(fingerprint=f"f{n}", feed=f"feed{n}") for n in range(15)))
+    text = dlq("stats").stdout
+    assert text.count("and 5 more; --json has them") == 2
+    assert len(json.loads(dlq("stats", "--json").stdout)["by_fingerprint"]) == 15
+
+
+def test_a_long_stack_is_cut_with_a_note(dlq, put):
+    """Of a long stack the first lines are shown, and how many more there are."""
+    letter = a_letter(error_stack="\n".join(f"line {n}" for n in range(100)))
+    put(letter)
+    shown = dlq("show", letter.id).stdout
+    assert "line 59\n" in shown
+    assert "40 more lines" in shown
+
+
+def test_a_long_text_is_cut_with_a_note(dlq, put):
+    """Of a text about what could not be carried the beginning is shown, and what is left."""
+    letter = a_letter(b"word " * 20_000, codec="text", replayable=False)
+    put(letter)
+    shown = dlq("show", letter.id).stdout
+    assert "more characters" in shown
+    assert "not replayable" in shown
+
+
+def test_objects_of_classes_and_libraries_are_shown_as_their_fields(dlq, put):
+    """Data classes, STIX objects, times and ids are shown as what they are made of."""
+    import stix2
+
+    mark = stix2.Indicator(
+        pattern="[domain-name:value = 'evil.example']",
+        pattern_type="stix",
+        valid_from="2026-01-01T00:00:00Z",
+    )
+    letter = of_call({"mark": mark, "at": datetime(2026, 1, 1, tzinfo=UTC), "id": uuid.UUID(int=1)})
+    put(letter)
+    shown = dlq("show", letter.id).stdout
+    assert "'pattern_type': 'stix'" in shown
+    assert "'at': 2026-01-01 00:00:00+00:00" in shown
+    assert "'id': 00000000-0000-0000-0000-000000000001" in shown
+
+
+def test_a_damaged_letter_can_still_be_removed(dlq, put, url):
+    """A letter that cannot be read is left out of lists, cannot be shown, and can be purged."""
+    letter = a_letter()
+    put(letter, a_letter())
+    with open_store(url) as store, store.database.writing() as writing:
+        writing.execute("UPDATE letters SET letter = x'c1' WHERE id = ?", (letter.id,))
+    assert len(json.loads(dlq("list", "--json").stdout)["letters"]) == 1
+    assert dlq("show", letter.id).exit_code == 1
+    assert dlq("purge", letter.id, "--yes").stdout == "1 letter purged\n"
+
+
+def test_a_file_that_may_not_be_read_is_status_3(dlq, url, put, monkeypatch):
+    """A store that the user may not look at is told as such, not as an empty one."""
+
+    def refuse(_: object) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    put(a_letter())
+    monkeypatch.setattr("periscope_otel.cli.letter_store._beginning_of", refuse)
+    result = dlq("list")
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "Permission denied" in result.stderr

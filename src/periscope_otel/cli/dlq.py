@@ -22,6 +22,7 @@ from periscope_otel.cli.letter_store import (
     whole_id,
     write_json,
 )
+from periscope_otel.dead_letter.interchange import pages
 from periscope_otel.dead_letter.letter import STATES
 from periscope_otel.dead_letter.store import LONGEST_PAGE, Filter
 
@@ -78,18 +79,21 @@ def list_letters(
     )  # fmt: skip
     if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
         raise options.mistake(f"{cursor!r} is no cursor of a list", "--cursor")
+    found: list[Letter] = []
+    following: str | None = None
     with opened(store) as (letters, *_):
-        page = letters.list(where, cursor=cursor, limit=limit, newest_first=newest_first)
+        for page in pages(letters, where, cursor=cursor, limit=limit, newest_first=newest_first):
+            found += [letter.changed(body=b"") for letter in page.letters]
+            following = page.cursor
     if json:
-        found = [view.summary_of(letter) for letter in page.letters]
-        write_json({"letters": found, "cursor": page.cursor})
+        write_json({"letters": [view.summary_of(one) for one in found], "cursor": following})
         return
-    if page.letters:
-        _print(view.list_lines(page.letters, _width(), defang=not no_defang, clock=time.time))
+    if found:
+        _print(view.list_lines(found, _width(), defang=not no_defang, clock=time.time))
     else:
         say("no letters")
-    if page.cursor is not None:
-        say(f"there may be more: the same with --cursor {page.cursor}")
+    if following is not None:
+        say(f"there may be more: the same with --cursor {following}")
 
 
 @app.command(epilog=EXIT_CODES)

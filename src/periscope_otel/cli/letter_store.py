@@ -82,6 +82,10 @@ class Commands(TyperGroup):
             status = _told(error, NO_STORE)
         except DeadLetterError as error:
             status = _told(error, NOT_DONE)
+        except BrokenPipeError:
+            raise  # the reader has seen enough
+        except OSError as error:  # a disk that is full, a file that goes away
+            status = _told(error, NOT_DONE)
         raise typer.Exit(status)
 
 
@@ -311,8 +315,8 @@ def _searched(store: Store, prefix: str, queue: str) -> list[str]:
     found: list[str] = []
     looked_at = 0
     for page in pages(store, where, limit=_MOST_SEARCHED, newest_first=True):
-        looked_at += len(page)
-        found += [letter.id for letter in page if letter.id.startswith(prefix)]
+        looked_at += len(page.letters)
+        found += [letter.id for letter in page.letters if letter.id.startswith(prefix)]
         if len(found) > 1:
             break
     if not found and looked_at == _MOST_SEARCHED:

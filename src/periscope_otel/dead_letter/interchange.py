@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from periscope_otel.dead_letter.bodies import BodyFiles
-    from periscope_otel.dead_letter.store import Filter, Put, Store
+    from periscope_otel.dead_letter.store import Filter, Page, Put, Store
 
 LONGEST_LINE: Final = 96 << 20
 """Bytes of a line that is read; the letter of a longer one is not imported."""
@@ -51,6 +51,8 @@ _PAGE_BYTES: Final = 16 << 20
 _LARGEST_PAGE: Final = 100
 _CHUNK: Final = 1 << 20
 _ID: Final = re.compile(r"[0-9A-Za-z._-]{1,100}")
+_FILE_NAME: Final = re.compile(r"[0-9a-f]{64}z?")
+"""What `BodyFiles` calls its files; nothing else is opened because a letter says so."""
 _BYTES, _OTHER = "base64", "msgpack"
 _NO_LETTER: Final = (
     *(ValueError, TypeError, OverflowError, RecursionError, msgspec.MsgspecError),
@@ -207,26 +209,31 @@ def _parts_of(letter: Letter) -> Iterator[bytes]:
 
 
 def pages(
-    store: Store, where: Filter, *, limit: int | None = None, newest_first: bool = False
-) -> Iterator[list[Letter]]:
+    store: Store,
+    where: Filter,
+    *,
+    cursor: str | None = None,
+    limit: int | None = None,
+    newest_first: bool = False,
+) -> Iterator[Page]:
     """Give the letters that a filter means in pages that are small where letters are large.
 
     Args:
         store: Where they are.
         where: Which.
+        cursor: Where to go on.
         limit: How many at most; all by default.
         newest_first: The other way round.
     """
     stats = store.stats(where.queue)
     average = stats.size // max(1, stats.total)
     size = max(1, min(_LARGEST_PAGE, _PAGE_BYTES // max(1, average)))
-    cursor, given = None, 0
+    given = 0
     while limit is None or given < limit:
         wanted = size if limit is None else min(size, limit - given)
         page = store.list(where, cursor=cursor, limit=wanted, newest_first=newest_first)
         given += len(page.letters)
-        if page.letters:
-            yield page.letters
+        yield page
         cursor = page.cursor
         if cursor is None:
             return
@@ -250,9 +257,10 @@ def carried(letter: Letter, bodies: BodyFiles | None) -> Letter:
 
 def file_of(letter: Letter, bodies: BodyFiles) -> Path | None:
     """Return the file that holds a letter's payload, if it is one of this machine."""
-    if letter.body_file is None:
+    if letter.body_file is None or _FILE_NAME.fullmatch(letter.body_file) is None:
         return None
-    return next((one for one in bodies.files() if one.name == letter.body_file), None)
+    path = bodies.folder / letter.body_file
+    return path if path.is_file() else None
 
 
 def export_letters(
@@ -287,7 +295,7 @@ def export_letters(
     """
     written = 0
     for page in pages(store, where, limit=limit):
-        for letter in page:
+        for letter in page.letters:
             whole = carried(letter, bodies)
             file.write(to_line(whole))
             written += 1

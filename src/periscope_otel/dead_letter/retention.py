@@ -27,7 +27,7 @@ from periscope_otel.dead_letter.letter import STATES, Letter
 from periscope_otel.dead_letter.store import Filter, Stats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from collections.abc import Set as AbstractSet
     from typing import Literal
 
@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     Reason = Literal["by_age", "by_number", "by_size"]
 
 DAY: Final = 86400.0
+
+_BATCH_BYTES: Final = 16 << 20
+"""Bytes of the archive that are written at a time, unless a single letter is larger."""
 
 KEPT_FOR: Final = 30 * DAY
 """Seconds since its latest failure after which a letter is old."""
@@ -156,7 +159,7 @@ class _Sweep:
             return
         where = Filter(queue=self._any.queue, states=SWEPT, until=self._before)
         for page in pages(self._store, where):
-            self.swept.by_age += self._remove(page, until=self._before)
+            self.swept.by_age += self._remove(page.letters, until=self._before)
 
     def by_limits(self, most_letters: int | None, most_bytes: int | None) -> None:
         """Remove the first that came, as long as there are more than there should be."""
@@ -185,7 +188,7 @@ class _Sweep:
         old = [
             _size_of(letter)
             for page in pages(self._store, where)
-            for letter in page
+            for letter in page.letters
             if not self._stays(letter)
         ]
         return stats.total - len(old), stats.size - sum(old)
@@ -204,7 +207,7 @@ class _Sweep:
             return
         for page in pages(self._store, self._any):
             going: dict[Reason, list[Letter]] = {}
-            for letter in page:
+            for letter in page.letters:
                 why = reason()
                 if why is None or self._is_old(letter):
                     continue
@@ -237,6 +240,18 @@ class _Sweep:
         self._kept.add(letter.id)
         self.swept.kept = len(self._kept)
 
+    def _write_down(self, going: list[Letter], archive: Path) -> None:
+        """Have letters on the disk before they are removed."""
+        try:
+            for lines in _batches(to_line(carried(letter, self._bodies)) for letter in going):
+                append_lines(archive, lines)
+        except OSError as error:
+            why = error.strerror or type(error).__name__
+            raise DeadLetterError(
+                f"cannot write the archive {archive}: {why}; what is not in it stays"
+            ) from None
+        self.swept.archived += len(going)
+
     def _remove(self, page: list[Letter], until: float | None = None) -> int:
         """Archive and remove letters; returns how many, or in a dry run how many there are."""
         going = []
@@ -248,19 +263,23 @@ class _Sweep:
         if self._dry_run or not going:
             return len(going)
         if self._archive is not None:
-            lines = [to_line(carried(letter, self._bodies)) for letter in going]
-            try:
-                append_lines(self._archive, lines)
-            except OSError as error:
-                why = error.strerror or type(error).__name__
-                raise DeadLetterError(
-                    f"cannot write the archive {self._archive}: {why}; what is not in it stays"
-                ) from None
-            self.swept.archived += len(going)
+            self._write_down(going, self._archive)
         # One that has failed again since it was listed is no longer old, and stays.
         ids = tuple(letter.id for letter in going)
         where = Filter(queue=self._any.queue, states=SWEPT, ids=ids, until=until)
         return self._store.purge(where, dry_run=False)
+
+
+def _batches(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    """Give lines in lists that do not take too much memory."""
+    batch: list[bytes] = []
+    for line in lines:
+        batch.append(line)
+        if sum(map(len, batch)) >= _BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _size_of(letter: Letter) -> int:
@@ -319,7 +338,8 @@ def _names_in(
         return None
     for queue in queues:
         for page in pages(store, Filter(queue=queue, states=STATES)):
-            names |= {letter.body_file for letter in page if letter.body_file is not None}
+            letters = page.letters
+            names |= {letter.body_file for letter in letters if letter.body_file is not None}
     return names
 
 
