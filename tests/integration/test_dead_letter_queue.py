@@ -19,8 +19,10 @@ from redis_servers import RedisServer
 
 from periscope_otel import guard
 from periscope_otel.dead_letter import StoreError, forwarder, open_store
+from periscope_otel.dead_letter.journal import Journal
 from periscope_otel.dead_letter.memory import MOST
-from periscope_otel.dead_letter.queue import FILE, DeadLetterQueue
+from periscope_otel.dead_letter.queue import BUSY, FILE, DeadLetterQueue
+from periscope_otel.dead_letter.sqlite_store import SQLiteStore
 
 pytest.register_assert_rewrite("store_conformance")
 
@@ -147,6 +149,60 @@ def test_a_file_held_by_others_is_waited_for_shortly(tmp_path):
             assert queue.in_memory == 1
         wait_until(lambda: queue.store.stats().total == 1)
         assert (queue.in_memory, queue.lost) == (0, 0)
+
+
+@contextmanager
+def held_for_a_while(folder: Path) -> Iterator[None]:
+    """Have another connection write to the file, for longer than a letter waits."""
+    other = sqlite3.connect(folder / FILE, isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    let_go = threading.Timer(3 * BUSY, lambda: other.execute("ROLLBACK"))
+    let_go.start()
+    yield
+    let_go.join()
+    other.close()
+
+
+def test_a_file_that_others_write_to_can_be_opened(tmp_path):
+    """That it is busy is no reason to refuse it, as what cannot be used at all is."""
+    DeadLetterQueue(tmp_path).close()
+    with held_for_a_while(tmp_path), DeadLetterQueue(tmp_path) as queue:
+        assert queue.put(some(1)) == "disk"
+
+
+def test_a_payload_waits_longer_for_the_journal_than_a_letter_for_the_file(tmp_path):
+    """What is about to be worked on is written down though others hold the file for a while."""
+    with DeadLetterQueue(tmp_path) as queue, held_for_a_while(tmp_path):
+        assert queue.journal(a_letter())
+
+
+def test_a_journal_that_cannot_be_adopted_yet_keeps_no_file_open(tmp_path):
+    """What a dead process left is looked at again and again, with the same descriptors."""
+    program = (
+        "import os, sys; sys.path[:0] = sys.argv[2:];"
+        "from store_conformance import a_letter;"
+        "from periscope_otel.dead_letter.queue import DeadLetterQueue;"
+        "queue = DeadLetterQueue(sys.argv[1]); queue.journal(a_letter()); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path), os.path.dirname(__file__)],  # noqa: PTH120
+        env=clean_environment(),
+        check=False,
+    )
+    with SQLiteStore(tmp_path / FILE, busy=0.01) as store:
+        journal = Journal(store)
+        with held_by_another(tmp_path):
+            for _ in range(3):
+                with pytest.raises(StoreError):
+                    journal.adopt()
+            before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+            for _ in range(5):
+                with pytest.raises(StoreError):
+                    journal.adopt()
+            assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+        assert journal.adopt() == 1
+        (letter,) = everything(store)
+        assert letter.error_type == "abandoned"
 
 
 def test_what_fits_nowhere_is_lost_loudly(tmp_path, caplog):
