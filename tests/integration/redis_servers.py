@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -111,6 +112,8 @@ class RedisServer:
     def pause(self) -> None:
         """Have it accept connections and answer nothing."""
         self._signal(signal.SIGSTOP)
+        # It may run on for a moment: only when it has stopped it is what is asked for here.
+        assert os.WIFSTOPPED(os.waitpid(self._process.pid, os.WUNTRACED)[1])
 
     def resume(self) -> None:
         """Have it answer again."""
@@ -129,7 +132,8 @@ class RedisServer:
 
     def _end(self, number: int) -> None:
         if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
+            if number != signal.SIGKILL:  # which ends a stopped one too: it shall not answer first
+                self._process.send_signal(signal.SIGCONT)
             self._process.send_signal(number)
             self._process.wait(READY_WITHIN)
             self._process = None
