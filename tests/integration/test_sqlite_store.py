@@ -1117,6 +1117,24 @@ print(json.dumps([status, sorted(x for (x,) in base.read("SELECT x FROM t"))]))
     assert finish(start(code, path, TABLE)) == [0, ["parent"]]
 
 
+@pytest.mark.parametrize("content", [b"root:x:0:0:root:/root:/bin/sh\n" * 300, None])
+def test_a_file_of_another_program_is_left_as_it_is(path, content):
+    """A file that is no store of letters is refused, with its content and its mode untouched."""
+    path.parent.mkdir()
+    if content is None:
+        with sqlite3.connect(path) as other:
+            other.execute("CREATE TABLE theirs (x)")
+        other.close()
+    else:
+        path.write_bytes(content)
+    path.chmod(0o644)
+    before = path.read_bytes()
+    with pytest.raises(StoreError):
+        SQLiteStore(path)
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (before, 0o644)
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
 FORKED_WHILE_WAITING = """
 import json, os, subprocess, threading, time
 from store_conformance import some

@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import random
 import sqlite3
+import stat
 import threading
 import time
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -38,6 +39,8 @@ _NETWORKED: Final = frozenset(
 )
 """File systems on which SQLite's locks do not hold (sqlite.org/wal.html, "All processes using a
 database must be on the same host computer")."""
+
+_OUR_TABLES: Final = frozenset({"letters", "outbox", "journal"})
 
 LARGEST_LOG: Final = 64 << 20
 """Bytes that the write-ahead log may take before writers wait for it to be moved."""
@@ -169,6 +172,8 @@ class Database:
         _OPEN.add(self)
         with self.writing():
             pass
+        with suppress(OSError):
+            self._make_private()
 
     @contextmanager
     def writing(self, durable: bool | None = None) -> Iterator[sqlite3.Connection]:
@@ -317,21 +322,30 @@ class Database:
             connection = self._connect()
             self._level = self._synchronous
             try:
+                version = self._version_of(connection)
                 connection.execute("PRAGMA journal_mode=WAL")
-                self._make_schema(connection)
+                self._make_schema(connection, version)
             except BaseException:
                 connection.close()
                 raise
             self._written_by = connection
         return self._written_by
 
-    def _make_schema(self, connection: sqlite3.Connection) -> None:
+    def _version_of(self, connection: sqlite3.Connection) -> int:
+        """Return the version of the file's schema; raises a StoreError if it is not one of ours."""
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if tables and not tables & _OUR_TABLES:
+            raise StoreError(f"{self.path} is a database of another program: use another file")
+        version: int
         ((version,),) = connection.execute("PRAGMA user_version").fetchall()
         if version > SCHEMA_VERSION:
             raise StoreError(
                 f"{self.path} was written by a newer version of periscope-otel (schema {version}, "
                 f"here {SCHEMA_VERSION}): update this one, or use another file"
             )
+        return version
+
+    def _make_schema(self, connection: sqlite3.Connection, version: int) -> None:
         mark = f"PRAGMA user_version={SCHEMA_VERSION};" if version < SCHEMA_VERSION else ""
         connection.executescript(f"BEGIN IMMEDIATE;{self._schema};{mark}COMMIT")
 
@@ -369,16 +383,20 @@ class Database:
         return connection
 
     def _create(self) -> None:
-        """Make the file, or make the one that is there private.
+        """Make the file, readable by this user alone, unless it is there.
 
         It is never opened and closed where it exists: that would give up all locks that this
         process has on it (sqlite.org/howtocorrupt.html, 2.2).
         """
-        try:
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+        with suppress(FileExistsError):
             os.close(os.open(self.path, flags, _PRIVATE))
-        except FileExistsError:
-            os.chmod(self.path, self.path.stat().st_mode & 0o700)  # noqa: PTH101
+
+    def _make_private(self) -> None:
+        """Take a file that others may read away from them, once it is known to be ours."""
+        mode = stat.S_IMODE(self.path.stat().st_mode)
+        if mode & 0o077:
+            os.chmod(self.path, mode & 0o700)  # noqa: PTH101
 
     def _make_private_file(self) -> None:
         folder = self.path.parent
