@@ -263,7 +263,8 @@ def test_a_crowd_on_one_outbox_loses_nothing(tmp_path: Path) -> None:
     """Eight processes with forks, and whoever forwards killed twice: all arrives, with no error."""
     log = tmp_path / "log"
     log.touch()
-    with a_server("redis", tmp_path / "redis") as server, ExitStack() as stack:
+    server = a_server("redis", tmp_path / "redis", appendonly="yes")
+    with server, ExitStack() as stack:
         arguments = (str(tmp_path / "data"), server.url, "200", str(log))
         crowd: dict[int, Program] = {}
         for _ in range(8):

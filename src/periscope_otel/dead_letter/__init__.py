@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         DamagedLetterError,
         DeadLetterError,
         PayloadElsewhereError,
+        RefusedError,
         StoreError,
         StoreFullError,
     )
@@ -39,6 +40,7 @@ __all__ = [
     "Letter",
     "Page",
     "PayloadElsewhereError",
+    "RefusedError",
     "Stats",
     "Store",
     "StoreError",

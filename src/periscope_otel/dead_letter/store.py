@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.errors import DamagedLetterError, RefusedError, StoreError
+from periscope_otel.dead_letter.names import queue_name
 from periscope_otel.redaction import clean_name
 
 if TYPE_CHECKING:
@@ -418,21 +419,6 @@ def payload_identity(letter: Letter) -> str:
     marked = (letter.key, letter.operation, letter.codec, letter.tlp)
     about = repr(marked).encode(errors="replace")
     return hashlib.sha256(about + letter.sha256).hexdigest()[:32]
-
-
-def queue_name(text: str) -> str:
-    """Return a queue's name if it may be one: 1 to 100 of letters, digits, dots, dashes and `_`.
-
-    It is a part of keys, whose hash tag nothing else may end, and is typed in a shell.
-
-    Raises:
-        ValueError: If it may not.
-    """
-    if not _QUEUE_NAME.fullmatch(text):
-        raise ValueError(
-            f"{clean_name(text, 40)!r} is no name of a queue: 1 to 100 of A-Z a-z 0-9 . _ -"
-        )
-    return text
 
 
 def checked_queue(text: str) -> str:
