@@ -98,6 +98,7 @@ def monitored(
         dead_letter: True, or the name of a queue: the arguments of a call that fails are kept as
             a dead letter, to be replayed; of a call that succeeds each item given to
             `op.failed(item, error)`. `"items"`: where items failed only those, whatever the call.
+            Without `journal` arguments are kept as they are when the call fails.
         payload: A callable of the bound arguments that says what to keep instead: a dict of
             arguments by name, or what the function is to be handed as its first one.
         idempotency_key: Such a callable, for what the payload is known by; of its content by

@@ -39,7 +39,8 @@ from periscope_otel.dead_letter import Claim, Filter, Letter, StoreError
 from periscope_otel.dead_letter.errors import RefusedError
 from periscope_otel.dead_letter.identity import LetterIds, content_key
 from periscope_otel.dead_letter.letter import STATES, pack
-from periscope_otel.dead_letter.store import MOST_LEASES, MOST_REPLAYS, queue_name
+from periscope_otel.dead_letter.names import queue_name
+from periscope_otel.dead_letter.store import MOST_LEASES, MOST_REPLAYS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -200,7 +200,7 @@ def test_a_journal_that_cannot_be_adopted_yet_keeps_no_file_open(tmp_path):
                 with pytest.raises(StoreError):
                     journal.adopt()
             assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-        assert journal.adopt() == 1
+        assert len(journal.adopt()) == 1
         (letter,) = everything(store)
         assert letter.error_type == "abandoned"
 

@@ -106,13 +106,13 @@ class Journal:
         """Forget payloads as part of a transaction, such as the one that stores their letters."""
         writing.executemany("DELETE FROM journal WHERE id = ?", [(one,) for one in ids])
 
-    def adopt(self) -> int:
-        """Make letters of what dead processes were working on; returns how many.
+    def adopt(self) -> list[str]:
+        """Make letters of what dead processes were working on; returns the queue of each.
 
         Raises:
             StoreError: If they cannot be written now.
         """
-        adopted = 0
+        adopted: list[str] = []
         owners = self._owners() - _our_owners
         if owners:
             self._folder.mkdir(mode=0o700, exist_ok=True)  # whoever removed it: entries stay ours
@@ -132,8 +132,8 @@ class Journal:
         with_entries = {owner for (owner,) in rows} - {_UNREADABLE}
         return with_entries | {path.stem for path in self._folder.glob("*.lock")}
 
-    def _adopt_from(self, owner: str) -> int:
-        adopted = 0
+    def _adopt_from(self, owner: str) -> list[str]:
+        adopted: list[str] = []
         while True:
             with self._file.database.writing() as writing:
                 rows = writing.execute(
@@ -142,7 +142,7 @@ class Journal:
                 letters = self._readable(writing, rows)
                 self._file.put_within(writing, letters)
                 self.remove_within(writing, [letter.id for letter in letters])
-            adopted += len(letters)
+            adopted += [letter.queue for letter in letters]
             if len(rows) < _AT_ONCE:
                 return adopted
 

@@ -23,7 +23,7 @@ from periscope_otel.dead_letter.bodies import INLINE, BodyFiles
 from periscope_otel.dead_letter.errors import RefusedError, StoreError
 from periscope_otel.dead_letter.forwarder import Forwarder
 from periscope_otel.dead_letter.journal import Journal, is_busy
-from periscope_otel.dead_letter.letter import STATES, encodable
+from periscope_otel.dead_letter.letter import encodable
 from periscope_otel.dead_letter.loss import lose
 from periscope_otel.dead_letter.memory import LettersInMemory
 from periscope_otel.dead_letter.outbox import MOST_LETTERS, Outbox
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from typing import Self
 
-    from periscope_otel.dead_letter.letter import Letter
+    from periscope_otel.dead_letter.letter import Letter, State
     from periscope_otel.dead_letter.loss import OnLost
     from periscope_otel.dead_letter.store import Store
 
@@ -67,7 +67,7 @@ LARGEST_FILE: Final = 1 << 30
 """Bytes that the file may grow to, unless another size is asked for."""
 
 
-_IN_STORE: Final = tuple(state for state in STATES if state != "pending")
+_IN_STORE: Final[tuple[State, ...]] = ("dead", "queued", "claimed", "parked")
 
 _ENDED: Final = "the queue was closed before it could be written"
 
@@ -325,7 +325,9 @@ class DeadLetterQueue:
         """Make letters of what dead processes left, and count how many there are."""
         with guard.contained("dead letter journal"), suppress(StoreError):
             self._forget_again()
-            self._journal.adopt()
+            for queue in self._journal.adopt():
+                self._queues.add(queue)
+                letter_counts.put(queue, "disk")
         with guard.contained("dead letter figures"), suppress(StoreError):
             letter_counts.take_outbox(self._outbox_depth())
         if self._forwarder is None or self._forwarder.is_well:  # else it is left alone

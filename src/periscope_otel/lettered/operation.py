@@ -265,7 +265,7 @@ class LetteredOperation(Operation):
         if outcome in _FAILED:
             return True
         if outcome == "rejected":
-            return self._policy.rejected or self._was_journalled
+            return self._policy.rejected
         return outcome == "cancelled" and self._was_journalled
 
     def _close_failed(self, outcome: str, failure: Failure | None, error: object) -> None:
