@@ -101,11 +101,11 @@ def test_no_kill_point_loses_a_payload(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the grace time and the pauses of the forwarder be short."""
-    monkeypatch.setattr(outbox, "GRACE", 3.0)
+def soon(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the pauses of the forwarder be short; returns what ends the grace time."""
     monkeypatch.setattr(forwarding, "SHORTEST_WAIT", 0.05)
     monkeypatch.setattr(forwarding, "LONGEST_WAIT", 0.5)
+    return lambda: monkeypatch.setattr(outbox, "GRACE", 0.5)
 
 
 def put_some(queue: DeadLetterQueue, count: int, pause: float = 0.001) -> tuple[list[str], float]:
@@ -126,11 +126,14 @@ def arrived(store: Store) -> set[str]:
     return set()
 
 
-@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("kind", ["redis", "valkey"])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_no_letter_is_lost_whatever_redis_does(
-    tmp_path: Path, kind: str, fault: str, record_property: Callable[[str, object], None]
+    tmp_path: Path,
+    soon: Callable[[], None],
+    kind: str,
+    fault: str,
+    record_property: Callable[[str, object], None],
 ) -> None:
     """What is put before, during and after is all there, and a put takes as long as ever."""
     with (
@@ -143,6 +146,7 @@ def test_no_letter_is_lost_whatever_redis_does(
             during, spoilt = put_some(queue, 300)
         after, _ = put_some(queue, 50)
         wanted = {*before, *during, *after}
+        soon()
         wait_until(lambda: arrived(store) >= wanted)
         assert arrived(store) == wanted
         assert (queue.in_memory, queue.lost) == (0, 0)
@@ -162,8 +166,9 @@ def test_no_letter_is_lost_when_redis_is_down_at_the_start(tmp_path: Path) -> No
             wait_until(lambda: arrived(store) == set(wanted))
 
 
-@pytest.mark.usefixtures("soon")
-def test_no_letter_is_lost_when_redis_is_killed_again_and_again(tmp_path: Path) -> None:
+def test_no_letter_is_lost_when_redis_is_killed_again_and_again(
+    tmp_path: Path, soon: Callable[[], None]
+) -> None:
     """A Redis that is killed in the middle of batches and keeps nothing has them all at last."""
     with (
         a_server("redis", tmp_path / "redis") as server,
@@ -177,6 +182,7 @@ def test_no_letter_is_lost_when_redis_is_killed_again_and_again(tmp_path: Path) 
             time.sleep(random.uniform(0, 0.05))
             server.kill()
             server.start()
+        soon()
         with open_store(server.url) as store:
             wait_until(lambda: arrived(store) == set(wanted))
 
@@ -199,8 +205,9 @@ def test_a_redis_that_keeps_what_it_took_has_nothing_twice(tmp_path: Path) -> No
         assert {letter.attempts for letter in everything(store)} == {1}
 
 
-@pytest.mark.usefixtures("soon")
-def test_what_was_replayed_does_not_come_back_after_the_grace_time(tmp_path: Path) -> None:
+def test_what_was_replayed_does_not_come_back_after_the_grace_time(
+    tmp_path: Path, soon: Callable[[], None]
+) -> None:
     """A letter that a replay has done with stays gone when the outbox looks for it once more."""
     done: list[object] = []
 
@@ -213,19 +220,18 @@ def test_what_was_replayed_does_not_come_back_after_the_grace_time(tmp_path: Pat
         DeadLetterQueue(tmp_path / "data", redis_url=server.url) as queue,
         open_store(server.url) as store,
     ):
-        queue.put(some(20, operation="survives.replayed", payload=b"\x81\xa1x\x01"))
-        wait_until(lambda: store.stats().total > 0)
-        time.sleep(0.3)
-        replay(store)
-        time.sleep(4.0)
-        assert store.stats().by_state.get("dead", 0) == store.stats().total
-        replay(store)
+        payloads = [b"\xc4\x01" + bytes([number]) for number in range(20)]
+        queue.put([a_letter(one, operation="survives.replayed") for one in payloads])
+        wait_until(lambda: store.stats().total == 20)
+        assert replay(store).succeeded == 20
+        soon()
+        time.sleep(2.0)
         assert store.stats().total == 0
+        assert len(done) == 20
 
 
-@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("kind", ["redis", "valkey"])
-def test_a_replica_confirms_nothing(tmp_path: Path, kind: str) -> None:
+def test_a_replica_confirms_nothing(tmp_path: Path, soon: Callable[[], None], kind: str) -> None:
     """A master that was made a replica still has letters that its new master wipes out."""
     with (
         a_server(kind, tmp_path / "redis") as server,
@@ -237,7 +243,8 @@ def test_a_replica_confirms_nothing(tmp_path: Path, kind: str) -> None:
         wanted, _ = put_some(queue, 100)
         wait_until(lambda: arrived(store) == set(wanted))
         client.replicaof("127.0.0.1", "1")  # its new master is not to be reached yet
-        time.sleep(outbox.GRACE + 2.0)
+        soon()
+        time.sleep(2.0)
         client.replicaof("127.0.0.1", str(other.port))
         wait_until(lambda: client.info("replication")["master_link_status"] == "up")
         client.replicaof("NO", "ONE")
