@@ -850,7 +850,7 @@ def test_a_call_that_asks_to_exit_with_success_is_no_letter(captured_telemetry):
     [({}, 0), ({"dead_letter_rejected": True}, 1), ({"journal": True}, 0)],
 )
 def test_rejected_calls_are_letters_if_that_was_asked_for(options, kept, captured_telemetry):
-    """A call that was not made fails no payload, unless somebody says so; a journal is left empty."""
+    """A call that was not made fails no payload, unless that is asked for; no journal keeps it."""
 
     def body() -> None:
         raise RefusedError
