@@ -16,6 +16,7 @@ import reprlib
 import typing
 from collections import OrderedDict, abc
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
 
 from periscope_otel.dead_letter.errors import CannotReplayError
 from periscope_otel.dead_letter.values import decode, encode, fit, hints_of
@@ -66,7 +67,7 @@ def encode_arguments(
         kwargs: Keyword arguments.
     """
     try:
-        bound = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+        bound = dict(_signature_of(function).bind(*args, **kwargs).arguments)
     except (TypeError, ValueError):
         return _as_text(_without_secrets(function, args, kwargs), "the arguments do not fit")
     receiver = next(iter(bound), "")
@@ -74,6 +75,20 @@ def encode_arguments(
         del bound[receiver]
     left_out: list[str] = []
     return _encode(bound, ARGUMENTS, left_out)
+
+
+_signatures: Final[WeakKeyDictionary[Any, inspect.Signature]] = WeakKeyDictionary()
+
+
+def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return a signature, kept as long as its function: to look at one costs more than the rest."""
+    try:
+        known = _signatures.get(function)
+        if known is None:
+            known = _signatures[function] = inspect.signature(function)
+    except TypeError:  # what cannot be referred to weakly
+        return inspect.signature(function)
+    return known
 
 
 def encode_item(item: object) -> Encoded:
