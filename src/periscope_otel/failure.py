@@ -257,7 +257,7 @@ def message_of(error: BaseException, limit: int = 1024) -> str:
         return ""
 
 
-def stack_text(error: BaseException, limit: int = 4096) -> str:
+def stack_text(error: BaseException, limit: int = 4096, *, message: str | None = None) -> str:
     r"""Return a bounded text of where an exception came from; never raises.
 
     Causes come first, the innermost call last: at most 20 frames an exception and 4 exceptions of
@@ -267,6 +267,7 @@ def stack_text(error: BaseException, limit: int = 4096) -> str:
     Args:
         error: The exception; its traceback may be missing.
         limit: The most characters to return.
+        message: What `message_of` says of the exception, where that is known already.
 
     Returns:
         Lines `file:line in qualname`, ending with `Type: message`.
@@ -276,7 +277,8 @@ def stack_text(error: BaseException, limit: int = 4096) -> str:
         '/app/feeds.py:12 in pull\n/app/feeds.py:40 in parse\nValueError: no such column: score'
     """
     try:
-        return _tail("\n".join(_stack_lines(error, max(min(1024, limit // 4), 1))), limit)
+        lines = _stack_lines(error, max(min(1024, limit // 4), 1), message)
+        return _tail("\n".join(lines), limit)
     except Exception:  # noqa: BLE001 - hostile code, or no stack left
         return "Exception"[: max(limit, 0)]
 
@@ -438,13 +440,14 @@ def _type_name(error: BaseException) -> str:
     return name if plain else clean_name(name)
 
 
-def _stack_lines(error: BaseException, message_limit: int) -> Iterator[str]:
+def _stack_lines(error: BaseException, message_limit: int, message: str | None) -> Iterator[str]:
     for link, link_to_next in reversed(_chain(error)):
         yield from _frame_lines(_peek(link, "__traceback__"))
         members = link.exceptions if isinstance(link, BaseExceptionGroup) else ()
         for number, member in enumerate(members[:_SHOWN], start=1):
             yield f"member {number} of {len(members)}: {_last_line(member, 200)}"
-        yield _last_line(link, message_limit) + link_to_next
+        known = message if link is error else None
+        yield _last_line(link, message_limit, known) + link_to_next
 
 
 def _chain(error: BaseException) -> list[tuple[BaseException, str]]:
@@ -484,8 +487,9 @@ def _frame_line(traceback: TracebackType) -> str:
     return line if len(line) <= _LINE and line.isprintable() else clean_name(line, _LINE)
 
 
-def _last_line(error: BaseException, message_limit: int) -> str:
-    message = message_of(error, message_limit)
+def _last_line(error: BaseException, message_limit: int, message: str | None = None) -> str:
+    if message is None or len(message) > message_limit:
+        message = message_of(error, message_limit)
     return f"{_type_name(error)}: {message}" if message else _type_name(error)
 
 

@@ -66,7 +66,8 @@ def cause_of(
     """
     not_before = 0.0 if retry_after is None else time.time() + retry_after
     if isinstance(error, BaseException):
-        message, stack = message_of(error), stack_text(error)
+        message = message_of(error)
+        stack = stack_text(error, message=message)
     else:
         message, stack = _told(error), ""
     cause = fingerprint(operation, error_type, error if stack else message)
