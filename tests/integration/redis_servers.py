@@ -129,7 +129,8 @@ class RedisServer:
 
     def _end(self, number: int) -> None:
         if self._process is not None:
-            self._process.send_signal(signal.SIGCONT)
+            if number != signal.SIGKILL:  # a paused one that is killed does nothing more
+                self._process.send_signal(signal.SIGCONT)
             self._process.send_signal(number)
             self._process.wait(READY_WITHIN)
             self._process = None
