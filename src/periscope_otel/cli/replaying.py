@@ -16,7 +16,7 @@ import typer
 
 from periscope_otel.cli.letter_options import mistake
 from periscope_otel.cli.letter_store import NOT_DONE, Place, named, say, write_json
-from periscope_otel.cli.plain import line
+from periscope_otel.cli.plain import defanged, line
 from periscope_otel.replay import Replayed, ReplayReport
 from periscope_otel.replay import replay as replay_letters
 
@@ -118,7 +118,7 @@ class _Told:
             self._left[replayed.outcome] += 1
             if self._left[replayed.outcome] > _MOST_LEFT_TOLD:
                 return
-        detail = f": {line(replayed.detail)}" if replayed.detail else ""
+        detail = f": {defanged(line(replayed.detail))}" if replayed.detail else ""
         what = replayed.outcome.replace("_", " ")
         typer.echo(f"{line(replayed.letter.id)}  {what}{detail}")
 
