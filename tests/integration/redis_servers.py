@@ -132,11 +132,7 @@ class RedisServer:
 
     def _end(self, number: int) -> None:
         if self._process is not None:
-<<<<<<< HEAD
             if number != signal.SIGKILL:  # which ends a stopped one too: it shall not answer first
-=======
-            if number != signal.SIGKILL:  # a paused one that is killed does nothing more
->>>>>>> rep
                 self._process.send_signal(signal.SIGCONT)
             self._process.send_signal(number)
             self._process.wait(READY_WITHIN)
