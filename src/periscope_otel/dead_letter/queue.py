@@ -228,10 +228,10 @@ class DeadLetterQueue:
             self._next_beat = now + BEAT
             with guard.contained("dead letter checkpoint"), suppress(StoreError):
                 self._file.database.checkpoint()
+        more = self._write_out_memory() or self._move_what_is_left()
         if now >= self._next_look:
             self._next_look = now + LOOK
             self._look_around()
-        more = self._write_out_memory() or self._move_what_is_left()
         if self._forwarder is not None:
             more = self._forwarder.round() or more
         return more
