@@ -3,7 +3,10 @@
 Each script's JSON goes into `results/`, and all of them into the table `results/RESULTS.md`.
 `--quick` runs a tenth of everything, to see that it works; its figures are not for showing.
 `--only SCRIPT` runs one again, and takes the others from their files. `stack` needs the servers of
-tests/stack.
+tests/stack, `dead_letters` a redis-server.
+
+Not run by it, since they are no ratios of costs: `kill_letters.py` (what kills lose) and
+`put_in_faults.py` (what a put costs while something happens to Redis).
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from harness import Measure, here
 if TYPE_CHECKING:
     from pathlib import Path
 
-SCRIPTS = ("call_cost", "peers", "memory", "import_cost", "black_hole", "stack")
+SCRIPTS = ("call_cost", "peers", "memory", "import_cost", "black_hole", "stack", "dead_letters")
 QUICK = {
     "memory": ["--rounds", "1", "--calls", "100000"],
     "stack": ["--rounds", "1", "--seconds", "1"],
+    "dead_letters": ["--rounds", "2", "--many", "10000"],
 }
 RESULTS = here() / "results"
 

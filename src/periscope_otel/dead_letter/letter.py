@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from operator import attrgetter
 from typing import Any, Final, Literal
 
 import msgspec
@@ -153,7 +154,7 @@ class Letter(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     def latest(self) -> bytes:
         """Return what a further failure of the same payload changes, encoded for `with_latest`."""
-        return _ENCODER.encode(LatestFailure(*(getattr(self, name) for name in _LATEST)))
+        return _ENCODER.encode(_latest_of(self))
 
     def with_latest(self, blob: bytes) -> Letter:
         """Return the letter as its latest failure left it.
@@ -188,7 +189,7 @@ class LatestFailure(msgspec.Struct, frozen=True, array_like=True):
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _DECODER: Final = msgspec.msgpack.Decoder(Letter)
 _LATEST_DECODER: Final = msgspec.msgpack.Decoder(LatestFailure)
-_LATEST: Final = LatestFailure.__struct_fields__
+_latest_of: Final = attrgetter(*LatestFailure.__struct_fields__)
 _FIELDS: Final = frozenset(Letter.__struct_fields__)
 
 
