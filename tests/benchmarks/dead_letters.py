@@ -205,6 +205,8 @@ def measured(  # noqa: PLR0917  (sizes of a run)
         taken = against_peer(peer, folder, server, rounds, calls)
         add(ratio(f"recording ÷ {peer}, means", taken, "ours", peer, "mean", 0.35))
         add(ratio(f"recording ÷ {peer}, medians", taken, "ours", peer, "median"))
+        told = f"recording and forwarding ÷ {peer}, CPU of the process"
+        add(ratio(told, taken, "ours", peer, "process"))
         indicate(report, taken)
         server.client.flushdb()
     taken = draining(folder, server, rounds, calls * 4)

@@ -103,8 +103,10 @@ class Ours:
 
     def record(self, calls: int) -> Sample:
         """Record failures: everything from the exception to the letter on disk."""
+        process = time.process_time()
         sample = timed(lambda: self.queue.put([a_letter()]), calls)
         self.drain()
+        sample["process"] = (time.process_time() - process) / calls  # with the forwarding
         return sample
 
     def drain(self) -> None:

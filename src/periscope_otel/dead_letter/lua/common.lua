@@ -13,6 +13,11 @@
 --   feeds        letters by feed
 --   causes       fingerprints by the number of their letters
 --   gone:<id>    a letter that was removed, or taken in by another, a moment ago
+--
+-- There is no stream with a consumer group. A claim chooses by filter, by arrival and by due time,
+-- which a stream cannot; its lease is on the letter, with the revision that fences it; and an entry
+-- would be acknowledged and deleted by the script that reads it, so the group's pending list, its
+-- reason to be, would always be empty.
 
 local P = KEYS[1]
 local MOST_REPLAYS, MOST_LEASES = 5, 3
