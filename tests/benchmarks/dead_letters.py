@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from harness import Sample
+    from redis import Redis
 
     from periscope_otel.dead_letter.letter import Letter
     from periscope_otel.dead_letter.store import Store
@@ -68,7 +69,14 @@ def against_xadd(folder: Path, server: RedisServer, rounds: int, calls: int) -> 
     """Interleave puts and bare XADDs of the same bytes."""
     outbox, file = Ours(folder / "outbox", server.url), Ours(folder / "file", None)
     client = server.client
+    try:
+        return _against_xadd(outbox, file, client, rounds, calls)
+    finally:  # or what is flushed here would be put again while something else is measured
+        outbox.queue.close()
+        file.queue.close()
 
+
+def _against_xadd(outbox: Ours, file: Ours, client: Redis, rounds: int, calls: int) -> Rounds:
     def xadd(calls: int) -> Sample:
         blobs = iter([a_letter().encode() for _ in range(calls)])
         sample = timed(lambda: client.xadd("bench", {"b": next(blobs)}), calls)
