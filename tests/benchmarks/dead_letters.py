@@ -188,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     report = start_report(__doc__, options)
     report.settings["many"] = options.many
-    folder = Path(tempfile.mkdtemp(dir=Path.cwd()))  # a disk, where /tmp may be memory
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=Path.cwd()))  # a disk, where /tmp may be memory
     try:
         with RedisServer("redis", folder / "redis") as server:
             measured(report, folder, server, options.rounds, options.calls, options.many)
