@@ -188,7 +188,8 @@ def main() -> None:
     options = parser.parse_args()
     report = start_report(__doc__, options)
     report.settings["many"] = options.many
-    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=Path.cwd()))  # a disk, where /tmp may be memory
+    # On a disk: the usual place for temporary files may be memory.
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=Path.cwd()))
     try:
         with RedisServer("redis", folder / "redis") as server:
             measured(report, folder, server, options.rounds, options.calls, options.many)
