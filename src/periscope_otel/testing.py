@@ -133,11 +133,6 @@ class _CapturedLetters:
             letter_counts.put(letter.queue, "memory")
         return "memory"
 
-    async def put_from_coroutine(
-        self, letters: Sequence[Letter], *, journalled: bool = False
-    ) -> Where:
-        return self.put(letters, journalled=journalled)
-
     def journal(self, letter: Letter) -> bool:
         self.journal_entries[letter.id] = letter
         return True

@@ -51,12 +51,6 @@ class LetterBox(Protocol):
         """Keep letters; see `DeadLetterQueue`."""
         ...
 
-    async def put_from_coroutine(
-        self, letters: Sequence[Letter], *, journalled: bool = False
-    ) -> Where:
-        """Keep letters without holding the event loop up."""
-        ...
-
     def journal(self, letter: Letter) -> bool:
         """Write a payload down before it is worked on."""
         ...

@@ -41,12 +41,6 @@ class WaitingLetters:
                 self._lose(letter)
         return where
 
-    async def put_from_coroutine(
-        self, letters: Sequence[Letter], *, journalled: bool = False
-    ) -> Where:
-        """Keep letters: nothing here holds the event loop up."""
-        return self.put(letters, journalled=journalled)
-
     def journal(self, letter: Letter) -> bool:
         """Count that a payload could not be written down."""
         letter_counts.put(letter.queue, "not_journalled")
