@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 from processes import PROGRAMS, clean_environment
-from redis_servers import NoServerError, RedisServer
 
 from periscope_otel.dead_letter import Filter, open_store
 from periscope_otel.dead_letter.bodies import FOLDER, BodyFiles
@@ -36,15 +35,6 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter import Letter, Store
 
 MODULE = "operations"
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory) -> Iterator[RedisServer]:
-    try:
-        with RedisServer("redis", tmp_path_factory.mktemp("redis")) as running:
-            yield running
-    except NoServerError as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(params=["sqlite", "redis"])

@@ -20,7 +20,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from processes import clean_environment
-from redis_servers import NoServerError, RedisServer
 
 from periscope_otel.dead_letter import DamagedLetterError, Filter, Letter, open_store
 from periscope_otel.dead_letter.bodies import FOLDER, BodyFiles
@@ -48,6 +47,8 @@ from store_conformance import (  # noqa: E402  (its assertions are rewritten fir
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from redis_servers import RedisServer
 
     from periscope_otel.dead_letter import Store
 
@@ -89,15 +90,6 @@ ANY_LETTER = st.builds(
         ANY_TEXT.filter(lambda name: name not in Letter.__struct_fields__), ANY_VALUE, max_size=3
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def redis(tmp_path_factory) -> Iterator[RedisServer]:
-    try:
-        with RedisServer("redis", tmp_path_factory.mktemp("redis")) as running:
-            yield running
-    except NoServerError as error:
-        pytest.skip(str(error))
 
 
 @contextmanager
