@@ -1,0 +1,1 @@
+"""Breakers and retries: a failing dependency is left alone, and retries never make it worse."""

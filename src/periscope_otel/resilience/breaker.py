@@ -1,0 +1,311 @@
+"""A circuit breaker: it watches how calls to a dependency end, and stops making them for a while.
+
+Each call takes a permit and settles it once, with one of three outcomes: success, failure or
+ignored. How it decides is in `circuit`; here is how it is used.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from contextvars import ContextVar, Token
+from dataclasses import replace
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
+
+from periscope_otel import guard
+from periscope_otel.failure import Failure, classify
+from periscope_otel.resilience.breakers import Breakers, renew_in_children
+from periscope_otel.resilience.circuit import OUTCOMES, REJECTED, Circuit
+from periscope_otel.resilience.errors import CircuitOpenError
+from periscope_otel.resilience.transition import BUSY, BreakerView
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+    from types import TracebackType
+
+    from periscope_otel.resilience.circuit import Permit
+    from periscope_otel.resilience.policy import State
+    from periscope_otel.resilience.transition import Transition
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+GUARDED: Final[ContextVar[tuple[str, ...]]] = ContextVar("periscope-guarded", default=())
+"""Names of the breakers that guard what runs now by `with breaker`, outermost first."""
+
+_entered: Final[ContextVar[tuple[Any, ...]]] = ContextVar("periscope-permits", default=())
+"""The permits of the `with` blocks that this context is in, nested, the innermost outside."""
+
+
+class Breaker(Circuit):
+    """A breaker for one dependency, for threads and event loops alike.
+
+    Args:
+        name: What it is known by, such as the host that it guards.
+        policy: Its settings; `**changes` are put over them.
+        clock: Monotonic seconds; tests give their own.
+        rng: Gives numbers from 0 to 1, for the jitter.
+        **changes: Single settings of `BreakerPolicy`, by name.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+        TypeError: If there is no such setting.
+
+    Example:
+        >>> breaker = Breaker("urlhaus.abuse.ch", slow_threshold=20.0)
+        >>> with breaker:
+        ...     fetch()
+    """
+
+    __slots__ = ()
+
+    def _made(self) -> None:
+        breakers.add(self)
+
+    # Calls.
+
+    def allow(self) -> Permit | None:
+        """Return a permit for one call; None if none may be made now.
+
+        It waits only where other processes have to be asked who probes, `probe_wait` at most.
+        """
+        now = self.clock()
+        permit = self._pass(now)
+        if permit is not None:
+            return permit
+        if not self._may_probe(now):
+            self._reject()
+            return None
+        asked = self._ask()
+        grant = None if asked is None else asked.wait(self.policy.probe_wait)
+        return self._probe(now, asked, grant)
+
+    async def allow_async(self) -> Permit | None:
+        """Return a permit as `allow` does, without holding the event loop up."""
+        now = self.clock()
+        permit = self._pass(now)
+        if permit is not None:
+            return permit
+        if not self._may_probe(now):
+            self._reject()
+            return None
+        asked = self._ask()
+        grant = None if asked is None else await asked.wait_async(self.policy.probe_wait)
+        return self._probe(now, asked, grant)
+
+    def acquire(self) -> Permit:
+        """Return a permit for one call.
+
+        Raises:
+            CircuitOpenError: If no call may be made now.
+        """
+        permit = self.allow()
+        if permit is None:
+            raise self.refusal()
+        return permit
+
+    async def acquire_async(self) -> Permit:
+        """Return a permit as `acquire` does, without holding the event loop up.
+
+        Raises:
+            CircuitOpenError: If no call may be made now.
+        """
+        permit = await self.allow_async()
+        if permit is None:
+            raise self.refusal()
+        return permit
+
+    def watch(self) -> Permit | None:
+        """Return a permit for a call that is made anyway, and only watched; None if it counts not.
+
+        It rejects nothing and asks nobody.
+        """
+        now = self.clock()
+        permit = self._pass(now)
+        if permit is not None or not self._may_probe(now):
+            return permit
+        with self._lock:
+            permit = self._lease(now)
+        self._announce()
+        return permit
+
+    def refusal(self) -> CircuitOpenError:
+        """Return the error of a call that may not be made now."""
+        return CircuitOpenError(self.name, self._state, self.retry_after, self._reason)
+
+    def failure_of(self, error: BaseException) -> Failure:
+        """Return what an exception means to this breaker: its `judge` is asked first."""
+        failure = classify(error)
+        judge = self.policy.judge
+        verdict = None
+        if judge is not None:
+            try:
+                verdict = judge(error)
+            except Exception:  # noqa: BLE001  (the user's predicate must not break the call)
+                guard.warn(f"judge of {self.name}", "the judge= of breaker %s raised", self.name)
+        if verdict in ("success", "failure", "ignored"):
+            return replace(failure, verdict=verdict)
+        return failure
+
+    def __enter__(self) -> Permit:
+        return self._enter(self.acquire())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        permit, token = self._leave()
+        permit.settle(None if error is None else self.failure_of(error))
+        with suppress(ValueError):  # another context: nothing to restore there
+            GUARDED.reset(token)
+
+    async def __aenter__(self) -> Permit:
+        return self._enter(await self.acquire_async())
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.__exit__(kind, error, traceback)
+
+    def _enter(self, permit: Permit) -> Permit:
+        token = GUARDED.set(GUARDED.get() + self._own_name)
+        _entered.set((self, permit, token, _entered.get()))
+        return permit
+
+    def _leave(self) -> tuple[Permit, Token[tuple[str, ...]]]:
+        """Return the innermost permit of this breaker's blocks."""
+        owner, permit, token, outer = _entered.get()
+        _entered.set(outer)
+        if owner is not self:
+            raise RuntimeError(f"{self!r} is not the innermost breaker that was entered")
+        return permit, token
+
+    def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call `function` under a permit.
+
+        Raises:
+            CircuitOpenError: If no call may be made now.
+        """
+        permit = self.acquire()
+        token = GUARDED.set(GUARDED.get() + self._own_name)
+        try:
+            value = function(*args, **kwargs)
+        except BaseException as error:
+            permit.settle(self.failure_of(error))
+            raise
+        else:
+            self._settle(permit, None)
+        finally:
+            GUARDED.reset(token)
+        return value
+
+    async def call_async(
+        self, function: Callable[P, Awaitable[R]], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Await what `function` returns, under a permit.
+
+        Raises:
+            CircuitOpenError: If no call may be made now.
+        """
+        async with self:
+            return await function(*args, **kwargs)
+
+    def guard(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Have each call of a function or coroutine function take a permit; a decorator.
+
+        Raises:
+            TypeError: For a generator function: `monitored(breaker=)` knows when one ends.
+        """
+        import inspect
+
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError("guard() takes no generator function: use monitored(breaker=...)")
+        if inspect.iscoroutinefunction(function):
+
+            async def guarded_coroutine(*args: Any, **kwargs: Any) -> Any:
+                return await self.call_async(function, *args, **kwargs)
+
+            return cast("Callable[P, R]", wraps(function)(guarded_coroutine))
+
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            return self.call(function, *args, **kwargs)
+
+        return wraps(function)(guarded)
+
+    # By hand.
+
+    def force_open(self) -> None:
+        """Reject every call until `reset`."""
+        self._set("forced_open")
+
+    def disable(self) -> None:
+        """Let every call pass and judge none, until `reset`."""
+        self._set("disabled")
+
+    def observe(self) -> None:
+        """Let every call pass, and only say when it would open, until `reset`."""
+        self._set("observe")
+
+    def reset(self) -> None:
+        """Close it, and forget what it knows."""
+        self._set("closed")
+
+    def _set(self, state: State) -> None:
+        with self._lock:
+            self._openings = 0
+            self._move(state, "manual", self.clock())
+        self._announce()
+
+    # Looking at it.
+
+    @property
+    def state(self) -> State:
+        """Its state; `open` also where the open time is over and no call has asked since."""
+        return self._state
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds after which a call may pass; None where calls pass, or nobody can tell."""
+        state, until = self._state, self._until
+        if state == "half_open":
+            return BUSY
+        if state != "open" or until is None:
+            return None
+        return max(0.0, until - self.clock())
+
+    def view(self) -> BreakerView:
+        """Return everything about it at one moment."""
+        with self._lock:
+            self._window.move_to(self.clock())
+            return BreakerView(
+                self.name, self._state, self._generation, self.retry_after, self._reason,
+                self._window.calls, self._window.failures, self._window.slow,
+                self._failed_in_a_row, self._in_flight, len(self._leases or ()),
+                dict(zip(OUTCOMES, self.counts, strict=False)), self.counts[REJECTED],
+            )  # fmt: skip
+
+    def listen(self, listener: Callable[[Transition], None]) -> Callable[[], None]:
+        """Have `listener` told of every transition, in the order in which they happen.
+
+        It is called in a background thread; what it raises is contained.
+
+        Returns:
+            A function that ends it.
+        """
+        self._listeners = (*self._listeners, listener)
+
+        def end() -> None:
+            self._listeners = tuple(one for one in self._listeners if one is not listener)
+
+        return end
+
+
+breakers: Final = Breakers(Breaker)
+"""Those of this process."""
+
+renew_in_children(breakers)

@@ -1,0 +1,227 @@
+"""The breakers of this process by name, and what their calls add up to."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from weakref import WeakValueDictionary, ref
+
+from periscope_otel import guard
+from periscope_otel.resilience.circuit import Circuit, listeners_of_all
+from periscope_otel.resilience.policy import DEFAULT_POLICY
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from periscope_otel.resilience.policy import BreakerPolicy
+    from periscope_otel.resilience.transition import Sharing, Transition
+
+MOST_WATCHED: Final = 1000
+"""Breakers that are made only because client spans name their dependencies."""
+
+_Made = TypeVar("_Made", bound=Circuit)
+
+
+class _Tally(NamedTuple):
+    """The counts of one breaker, which outlive it."""
+
+    breaker: ref[Circuit]
+    name: str
+    counts: list[int]
+
+
+class Breakers(Generic[_Made]):
+    """The breakers of a process. Each is found by its name; the newest of a name is.
+
+    Args:
+        make: Makes a breaker of a name and a policy.
+    """
+
+    def __init__(self, make: Callable[[str, BreakerPolicy], _Made]) -> None:
+        self._make = make
+        self._defaults: dict[str, BreakerPolicy] = {}
+        self._sharing: Sharing | None = None
+        self._given: WeakValueDictionary[str, _Made] = WeakValueDictionary()
+        self._forget()
+        listeners_of_all.append(self._count)
+
+    def _forget(self) -> None:
+        self._lock = threading.RLock()
+        self._made: dict[str, _Made] = {}
+        self._watched = 0
+        self._tallies: list[_Tally] = []
+        self._past: dict[str, list[int]] = {}
+        self._transitions: dict[tuple[str, str, str], int] = {}
+
+    def __iter__(self) -> Iterator[_Made]:
+        """Iterate over all that there are now, by name."""
+        with self._lock:
+            found = {**self._made, **self._given}
+        return iter([found[name] for name in sorted(found)])
+
+    def get(self, name: str) -> _Made:
+        """Return the breaker of a name, made now if there is none.
+
+        Example:
+            >>> breakers.get("urlhaus.abuse.ch").state
+            'closed'
+        """
+        return self._made.get(name) or self.find(name) or self._new(name)
+
+    def find(self, name: str) -> _Made | None:
+        """Return the breaker of a name, if there is one."""
+        return self._given.get(name) or self._made.get(name)
+
+    def watched(self, name: str) -> _Made | None:
+        """Return the breaker of a dependency that client spans name; None beyond a bound."""
+        found = self._made.get(name) or self.find(name)
+        if found is not None:
+            return found
+        if self._watched >= MOST_WATCHED:
+            guard.warn(
+                "watched breakers",
+                "client spans name more than %d dependencies: further ones have no breaker. "
+                "Map them to fewer names with a matcher",
+                MOST_WATCHED,
+            )
+            return None
+        self._watched += 1
+        return self._new(name)
+
+    def defaults(self, pattern: str, policy: BreakerPolicy | None = None, **changes: Any) -> None:
+        """Say how breakers are made whose name matches; the last pattern that matches counts.
+
+        Args:
+            pattern: As for file names: `"*.abuse.ch"`.
+            policy: Their settings; the usual ones by default.
+            **changes: Single settings of `BreakerPolicy`, put over them.
+
+        Raises:
+            ValueError: If a setting is out of its range.
+            TypeError: If there is no such setting.
+
+        Example:
+            >>> breakers.defaults("*.abuse.ch", slow_threshold=20.0)
+        """
+        base = DEFAULT_POLICY if policy is None else policy
+        self._defaults.pop(pattern, None)
+        self._defaults[pattern] = base.changed(**changes) if changes else base
+
+    def policy_for(self, name: str) -> BreakerPolicy:
+        """Return the settings that a breaker of this name is made with."""
+        matching = [p for pattern, p in self._defaults.items() if fnmatchcase(name, pattern)]
+        return matching[-1] if matching else DEFAULT_POLICY
+
+    def _new(self, name: str) -> _Made:
+        with self._lock:
+            found = self.find(name)
+            if found is None:
+                found = self._make(name, self.policy_for(name))
+                self._given.pop(found.name, None)
+                self._made[name] = self._made[found.name] = found
+            return found
+
+    def add(self, breaker: _Made) -> None:
+        """Have a breaker found by its name."""
+        with self._lock:
+            before = self.find(breaker.name)
+            if before is not None and before.policy != breaker.policy:
+                guard.warn(
+                    f"breaker {breaker.name}",
+                    "there are two breakers %s with different settings: the newer one is used "
+                    "where the name is given",
+                    breaker.name,
+                )
+            self._made.pop(breaker.name, None)
+            self._given[breaker.name] = breaker
+            self._tallies.append(_Tally(ref(breaker), breaker.name, breaker.counts))
+            breaker.sharing = self._sharing if breaker.policy.shared else None
+
+    def share(self, sharing: Sharing | None) -> None:
+        """Have other processes told of all verdicts, or no longer."""
+        with self._lock:
+            self._sharing = sharing
+            for breaker in self._live():
+                breaker.sharing = sharing if breaker.policy.shared else None
+
+    # Figures, for metrics.
+
+    def totals(self) -> dict[str, list[int]]:
+        """Return what calls have come to, by name: as `Circuit.counts`."""
+        with self._lock:
+            self._fold()
+            totals = {name: list(counts) for name, counts in self._past.items()}
+            for tally in self._tallies:
+                _add(totals, tally.name, tally.counts)
+            return totals
+
+    def transitions(self) -> dict[tuple[str, str, str], int]:
+        """Return how often breakers have changed, by name, old and new state."""
+        with self._lock:
+            return dict(self._transitions)
+
+    def _count(self, transition: Transition) -> None:
+        key = transition.name, transition.from_state, transition.to_state
+        with self._lock:
+            self._transitions[key] = self._transitions.get(key, 0) + 1
+
+    def _fold(self) -> None:
+        """Keep only the sums of breakers that are gone."""
+        living = []
+        for tally in self._tallies:
+            if tally.breaker() is None:
+                _add(self._past, tally.name, tally.counts)
+            else:
+                living.append(tally)
+        self._tallies = living
+
+    def _live(self) -> list[Circuit]:
+        found = (tally.breaker() for tally in self._tallies)
+        return [breaker for breaker in found if breaker is not None]
+
+    # Tests, and forks.
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Begin at nothing for a block, such as a test; what was there before is there after.
+
+        Breakers that were made by name are new ones in the block; those that somebody holds stay.
+        """
+        with self._lock:
+            before = dict(vars(self))
+            counts = [(tally, list(tally.counts)) for tally in self._tallies]
+            self._made, self._watched, self._past, self._transitions = {}, 0, {}, {}
+            self._tallies = list(self._tallies)
+            for tally, _ in counts:
+                tally.counts[:] = [0] * len(tally.counts)
+        try:
+            yield
+        finally:
+            with self._lock:
+                for tally, values in counts:
+                    tally.counts[:] = [a + b for a, b in zip(tally.counts, values, strict=True)]
+                for name in ("_made", "_watched", "_past", "_transitions", "_tallies"):
+                    setattr(self, name, before[name])
+
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork: it must not repeat what its parent counted."""
+        self._lock = threading.RLock()
+        for breaker in self._live():
+            breaker.after_fork()
+        for tally in self._tallies:
+            tally.counts[:] = [0] * len(tally.counts)
+        self._past, self._transitions = {}, {}
+
+
+def _add(totals: dict[str, list[int]], name: str, counts: list[int]) -> None:
+    known = totals.setdefault(name, [0] * len(counts))
+    known[:] = [a + b for a, b in zip(known, counts, strict=True)]
+
+
+def renew_in_children(breakers: Breakers[Any]) -> None:
+    """Have the child of every fork begin anew."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=breakers.after_fork)

@@ -1,0 +1,430 @@
+"""The state machine of a breaker: permits, and what becomes of it as they are settled.
+
+A permit carries the generation that the breaker was in; every change of state begins a new one, so
+what comes back late changes nothing. In the half-open state permits are leases: only so many are
+out at a time, and one that is never settled makes room after a while.
+
+There is no timer: what has been open for long enough becomes half open when the next call asks. The
+lock is held for a few lines at a time, never while the caller's code runs, or that of listeners.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from opentelemetry import trace
+
+from periscope_otel import guard
+from periscope_otel.redaction import clean_name
+from periscope_otel.resilience.policy import DEFAULT_POLICY, BreakerPolicy, State
+from periscope_otel.resilience.transition import Transition
+from periscope_otel.resilience.window import Window
+from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from opentelemetry.trace import SpanContext
+
+    from periscope_otel.failure import Failure, Verdict
+    from periscope_otel.resilience.transition import Asked, Grant, Sharing
+
+OUTCOMES: Final = ("success", "failure", "ignored")
+"""How a call can end, for a breaker."""
+REJECTED: Final = len(OUTCOMES)
+"""Where in `Circuit.counts` the calls are that were not made."""
+
+_INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
+_PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
+
+listeners_of_all: Final[list[Callable[[Transition], None]]] = []
+"""Those that are told of the transitions of every breaker."""
+
+
+class Permit:
+    """Leave to make one call; settle it once, whatever becomes of the call.
+
+    Example:
+        >>> permit = breaker.allow()
+        >>> if permit is not None:
+        ...     permit.settle(None if fetch() else failure)
+    """
+
+    __slots__ = (
+        "_running_since", "_seconds", "breaker", "failure", "generation", "lease", "outcome",
+        "span_context",
+    )  # fmt: skip
+
+    def __init__(self, breaker: Circuit, generation: int, now: float) -> None:
+        self.breaker = breaker
+        self.generation = generation
+        self._running_since = now
+        self._seconds = 0.0
+        self.lease: str | None = None
+        """The lease of a probe that other processes know of."""
+        self.failure: Failure | None = None
+        """How the call ended, for a `settle` that is not told."""
+        self.span_context: SpanContext | None = None
+        """The call's span: what a transition is linked to."""
+        self.outcome: str | None = None
+        """`success`, `failure` or `ignored` once it is settled; None before."""
+
+    def conclude(self, failure: Failure | None, span_context: SpanContext | None = None) -> None:
+        """Say how the call ended, for whoever settles the permit."""
+        self.failure = failure
+        self.span_context = span_context
+
+    def pause(self) -> None:
+        """Stop its time: a generator is at a `yield`, and the consumer has the word."""
+        self._seconds = self.seconds(now := self.breaker.clock())
+        self._running_since = now
+
+    def resume(self) -> None:
+        """Let its time run again."""
+        self._running_since = self.breaker.clock()
+
+    def seconds(self, now: float) -> float:
+        """Return how long the call has taken by `now`."""
+        return self._seconds + now - self._running_since
+
+    def settle(self, failure: Failure | None = None) -> bool:
+        """Say how the call ended; only the first time counts.
+
+        Args:
+            failure: What went wrong; by default what `conclude` was told, and nothing without it.
+
+        Returns:
+            Whether this was the first time.
+        """
+        return self.breaker._settle(self, failure or self.failure)
+
+
+class Circuit:
+    """What a `Breaker` is in itself; see there for its arguments."""
+
+    __slots__ = (
+        "__weakref__", "_closed_since", "_error_type", "_failed_in_a_row", "_generation",
+        "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
+        "_reason", "_state", "_successes", "_until", "_window", "clock", "counts", "name",
+        "policy", "rng", "sharing",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        policy: BreakerPolicy = DEFAULT_POLICY,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rng: Callable[[], float] = random.random,
+        **changes: Any,
+    ) -> None:
+        self.name = clean_name(name) if isinstance(name, str) else ""
+        if not self.name:
+            raise ValueError("a breaker needs a name")
+        self.policy = policy.changed(**changes) if changes else policy
+        self._own_name = (self.name,)
+        self.clock = clock
+        self.rng = rng
+        self.sharing: Sharing | None = None
+        self._lock = threading.Lock()
+        self._has_news = False
+        self.counts = [0] * (len(OUTCOMES) + 1)
+        """Calls that have ended, by outcome, and last those that were rejected."""
+        self._listeners: tuple[Callable[[Transition], None], ...] = ()
+        self._state: State = "closed"
+        self._generation = 0
+        self._openings = 0
+        self._until: float | None = None
+        self._reason: str | None = None
+        self._error_type: str | None = None
+        self._clear()
+        self._made()
+
+    def _made(self) -> None:
+        """Take note that it is ready; for subclasses."""
+
+    def _clear(self) -> None:
+        self._window = Window(self.policy.window)
+        self._failed_in_a_row = 0
+        self._successes = 0
+        self._leases: dict[Permit, float] | None = None
+        self._in_flight = 0
+        self._closed_since = self.clock()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r} {self._state}>"
+
+    # Letting calls pass.
+
+    def _pass(self, now: float) -> Permit | None:
+        """Return a permit, in a state in which every call passes."""
+        with self._lock:
+            if self._state not in _PASSING:
+                return None
+            self._in_flight += 1
+            return Permit(self, self._generation, now)
+
+    def _may_probe(self, now: float) -> bool:
+        """Whether this call may be a probe; looked at without the lock, and once more with it."""
+        if self._state == "open":
+            return self._until is None or now >= self._until
+        return self._state == "half_open" and self._has_room(now)
+
+    def _has_room(self, now: float) -> bool:
+        leases = self._leases
+        if leases is None or len(leases) < self.policy.probes:
+            return True
+        return any(now >= expires for expires in tuple(leases.values()))
+
+    def _ask(self) -> Asked | None:
+        """Ask the other processes, if there are any and they answer."""
+        sharing = self.sharing
+        if sharing is None:
+            return None
+        with guard.contained("breaker sharing"):
+            return sharing.ask(self)
+        return None
+
+    def _probe(self, now: float, asked: Asked | None, grant: Grant | None) -> Permit | None:
+        """Return a permit for a probe, where the others let it or do not answer."""
+        if asked is not None and grant is None and self.policy.probe_wait == 0:
+            self._reject()
+            return None
+        lease = None if grant is None else grant.lease
+        if grant is not None and lease is None:
+            self._reject()
+            return None
+        with self._lock:
+            if self._state in _PASSING:  # it was closed meanwhile
+                self._in_flight += 1
+                permit: Permit | None = Permit(self, self._generation, now)
+            else:
+                permit = self._lease(now)
+            if permit is None:
+                self.counts[REJECTED] += 1
+            elif lease is not None:
+                permit.lease = lease
+        if permit is None and lease is not None and self.sharing is not None:
+            self.sharing.settled(self, lease, "ignored")
+        self._announce()
+        return permit
+
+    def _lease(self, now: float) -> Permit | None:
+        """Return a permit that is a lease, in the half-open state; the lock is held."""
+        if self._state == "open" and (self._until is None or now >= self._until):
+            self._move("half_open", "probing", now)
+        if self._state != "half_open" or not self._has_room(now):
+            return None
+        leases = self._leases = self._leases or {}
+        if len(leases) >= self.policy.probes:
+            expired = min(leases, key=leases.__getitem__)
+            del leases[expired]  # what it may still bring changes nothing
+            expired.generation = -1
+        permit = Permit(self, self._generation, now)
+        leases[permit] = now + self.policy.lease
+        self._in_flight += 1
+        return permit
+
+    def _reject(self) -> None:
+        with self._lock:
+            self.counts[REJECTED] += 1
+
+    # Learning how calls end.
+
+    def _settle(self, permit: Permit, failure: Failure | None) -> bool:
+        now = self.clock()
+        with self._lock:
+            if permit.outcome is not None:
+                return False
+            verdict = "success" if failure is None else failure.verdict
+            permit.outcome = verdict
+            self._in_flight -= 1
+            self.counts[_INDEX[verdict]] += 1
+            if permit.generation == self._generation:
+                self._judge(permit, verdict, failure, now)
+        if permit.lease is not None and self.sharing is not None:
+            self.sharing.settled(self, permit.lease, permit.outcome)
+        if self._has_news:
+            self._announce()
+        return True
+
+    def _judge(self, permit: Permit, verdict: Verdict, failure: Failure | None, now: float) -> None:
+        """Take a result of this generation into account; the lock is held."""
+        threshold = self.policy.slow_threshold
+        slow = threshold is not None and permit.seconds(now) >= threshold
+        state = self._state
+        if state == "half_open":
+            self._judge_probe(permit, verdict, failure, now, slow=slow)
+            return
+        if state == "disabled":
+            return
+        if failure is None:
+            self._failed_in_a_row = 0
+        else:
+            if self._opens_at_once(permit, failure, now):
+                return
+            if verdict == "ignored":
+                if not (slow and failure.outcome == "cancelled"):
+                    return
+            elif verdict == "failure":
+                self._failed_in_a_row += 1
+                self._error_type = failure.error_type
+            else:
+                self._failed_in_a_row = 0
+        window = self._window
+        window.add(now, failed=verdict == "failure", slow=slow)
+        if (window.failures or window.slow) and (reason := self._why_open()):
+            self._open(reason, now, permit, failure)
+
+    def _why_open(self) -> str | None:
+        policy, window = self.policy, self._window
+        in_a_row = policy.consecutive_failures
+        if in_a_row is not None and self._failed_in_a_row >= in_a_row:
+            return "consecutive_failures"
+        if window.calls < policy.minimum_calls:
+            return None
+        if window.failures >= policy.failure_rate * window.calls:
+            return "failure_rate"
+        if policy.slow_threshold is not None and window.slow >= policy.slow_rate * window.calls:
+            return "slow_rate"
+        return None
+
+    def _opens_at_once(self, permit: Permit, failure: Failure, now: float) -> bool:
+        """Open where the dependency has said itself that it wants no more calls."""
+        if failure.reason == "auth" and failure.verdict == "failure" and self.policy.open_on_auth:
+            self._open("auth", now, permit, failure)
+            return True
+        if failure.reason == "rate_limit" and failure.retry_after and failure.verdict == "ignored":
+            self._open("rate_limit", now, permit, failure)
+            return True
+        return False
+
+    def _judge_probe(
+        self, permit: Permit, verdict: Verdict, failure: Failure | None, now: float, *, slow: bool
+    ) -> None:
+        if self._leases is not None:
+            self._leases.pop(permit, None)
+        if failure is not None and self._opens_at_once(permit, failure, now):
+            return
+        hung = slow and (verdict != "ignored" or (failure and failure.outcome == "cancelled"))
+        if verdict == "failure" or hung:
+            permit.outcome = "failure"  # to the other processes too
+            self._open("probe_failed", now, permit, failure)
+        elif verdict == "success":
+            self._successes += 1
+            if self._successes >= self.policy.successes:
+                self._move("closed", "recovered", now, permit=permit)
+
+    def _open(self, reason: str, now: float, permit: Permit, failure: Failure | None) -> None:
+        policy = self.policy
+        asked_for = 0.0 if failure is None else failure.retry_after or 0.0
+        held = min(asked_for, policy.longest_hold)
+        self._error_type = None if failure is None else failure.error_type
+        if self._state == "observe":
+            self._say(Transition(
+                self.name, "observe", "open", reason, error_type=self._error_type,
+                would_be=True, span_context=permit.span_context or _current_span(),
+            ))  # fmt: skip
+            self._window.clear()
+            self._failed_in_a_row = 0
+            return
+        open_for = held if reason == "rate_limit" else max(self._next_open_time(now), held)
+        self._until = now + open_for
+        self._move("open", reason, now, permit=permit, open_for=open_for)
+
+    def _next_open_time(self, now: float) -> float:
+        """Return for how long to open: twice as long each time, unless it was healthy between."""
+        policy = self.policy
+        if self._state == "closed":
+            healthy = now - self._closed_since
+            self._openings = max(0, self._openings - int(healthy / policy.decay))
+        seconds = min(policy.open_time * 2.0**self._openings, policy.longest_open)
+        self._openings = min(self._openings + 1, 60)
+        return seconds * (1 + policy.jitter * (2 * self.rng() - 1))
+
+    # Changing state; the lock is held.
+
+    def _move(
+        self,
+        to: State,
+        reason: str,
+        now: float,
+        *,
+        permit: Permit | None = None,
+        open_for: float | None = None,
+        adopted: bool = False,
+    ) -> None:
+        before = self._state
+        self._state = to
+        self._generation += 1
+        self._leases = None
+        self._successes = 0
+        self._failed_in_a_row = 0
+        if to == "closed":
+            self._closed_since = now
+        if to not in ("open", "half_open"):
+            self._until = None
+            self._error_type = None
+        if to != "half_open":
+            self._reason = None if to == "closed" else reason
+        self._window.clear()
+        if before != to:
+            context = None if permit is None else permit.span_context or _current_span()
+            self._say(Transition(
+                self.name, before, to, reason, open_for, self._error_type, self._openings,
+                adopted=adopted, span_context=context,
+            ))  # fmt: skip
+
+    def _say(self, transition: Transition) -> None:
+        # Into queues and no further: in this order, whichever thread comes first after the lock.
+        if self.sharing is not None and not transition.adopted and not transition.would_be:
+            self.sharing.moved(self, transition)
+        worker.post(lambda: self._tell(transition))
+        self._has_news = True
+
+    def _announce(self) -> None:
+        """See that somebody tells what has happened; no lock is held."""
+        if self._has_news:
+            self._has_news = False
+            with guard.contained("breaker worker"):
+                worker.start()
+
+    def _tell(self, transition: Transition) -> None:
+        for listener in (*listeners_of_all, *self._listeners):
+            with guard.contained("breaker listener"):
+                listener(transition)
+
+    # What other processes have found, and forks.
+
+    def adopt(self, state: State, *, reason: str, open_for: float = 0.0, openings: int = 0) -> None:
+        """Take over the verdict of another process.
+
+        Args:
+            state: The state to be in.
+            reason: Why.
+            open_for: Seconds until a probe may pass, where it is open.
+            openings: How many times in a row it has opened.
+        """
+        with self._lock:
+            now = self.clock()
+            before, self._openings = self._state, openings
+            if state == "open":
+                self._until = now + open_for
+            if state != before:
+                held = open_for if state == "open" else None
+                self._move(state, reason, now, open_for=held, adopted=True)
+        self._announce()
+
+    def after_fork(self) -> None:
+        """Begin anew in the child of a fork, in the state that the parent's was in."""
+        self._lock = threading.Lock()
+        self._generation += 1
+        self._clear()
+
+
+def _current_span() -> SpanContext | None:
+    context = trace.get_current_span().get_span_context()
+    return context if context.is_valid else None
