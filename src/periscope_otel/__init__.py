@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from periscope_otel.monitored import monitored
 from periscope_otel.operation import Operation, current_operation
+from periscope_otel.resilience.breaker import Breaker
+from periscope_otel.resilience.errors import CircuitOpenError
+from periscope_otel.resilience.policy import BreakerPolicy
+from periscope_otel.resilience.retry import Retry
 from periscope_otel.scope import operation
 from periscope_otel.version import __version__
 
@@ -22,7 +26,11 @@ if TYPE_CHECKING:
     from periscope_otel.runtime import configure, shutdown
 
 __all__ = [
+    "Breaker",
+    "BreakerPolicy",
+    "CircuitOpenError",
     "Operation",
+    "Retry",
     "__version__",
     "configure",
     "current_operation",

@@ -23,6 +23,9 @@ SKIPPED = "skipped"
 FAILED = "failed"
 UNACCOUNTED = "unaccounted"
 
+RETRIED = "retried"
+"""Why items are skipped that a failed attempt received and did not settle."""
+
 MOST_ITEMS = 10**12
 """Items that one call may count: a larger number is a mistake, and metrics are 64 bits wide."""
 
@@ -54,6 +57,7 @@ class ItemLedger:
         self._lock = threading.Lock()
         self._closed = False
         self._received: int | None = None
+        self._received_before = self._settled_before = 0  # in attempts before this one
         self._converted = 0
         self._settled = {INGESTED: 0, SKIPPED: 0, FAILED: 0, UNACCOUNTED: 0}
 
@@ -93,6 +97,25 @@ class ItemLedger:
         else:
             self._emit_settled(outcome, count, reason)
 
+    def begin_again(self) -> int:
+        """Skip the items that a failed attempt has left: the next one receives them again.
+
+        Returns:
+            How many items have failed so far.
+        """
+        with self._lock:
+            failed = self._settled[FAILED]
+            if self._closed:
+                return failed
+            inferred, left = self._balance()
+            self._settled[SKIPPED] += left
+            self._received_before += self._received or 0
+            self._settled_before = self._settled_sum()
+            self._received = None
+        self._emit_received(inferred)
+        self._emit_settled(SKIPPED, left, RETRIED)
+        return failed
+
     def close(self) -> ItemAccount:
         """End the account: infer what was received, or count what is unaccounted for.
 
@@ -103,16 +126,20 @@ class ItemLedger:
             if self._closed:
                 return self._account()
             self._closed = True
-            inferred = 0
-            if self._received is None:
-                inferred = self._received = self._settled_sum()
-            unaccounted = max(0, self._received - self._settled_sum())
+            inferred, unaccounted = self._balance()
             self._settled[UNACCOUNTED] = unaccounted
             account = self._account()
-        if inferred and self._instruments is not None and self._series is not None:
-            self._instruments.count_items(self._series, received=inferred)
+        self._emit_received(inferred)
         self._emit_settled(UNACCOUNTED, unaccounted, None)
         return account
+
+    def _balance(self) -> tuple[int, int]:
+        """Return how many items of this attempt were received unsaid, and how many are left."""
+        settled = self._settled_sum() - self._settled_before
+        inferred = 0
+        if self._received is None:
+            inferred = self._received = settled
+        return inferred, max(0, self._received - settled)
 
     def account(self) -> ItemAccount:
         """Return how the items add up so far."""
@@ -121,7 +148,7 @@ class ItemLedger:
 
     def _account(self) -> ItemAccount:
         settled = self._settled
-        received = self._received or 0
+        received = self._received_before + (self._received or 0)
         return ItemAccount(
             received=received,
             converted=self._converted,
@@ -134,6 +161,10 @@ class ItemLedger:
 
     def _settled_sum(self) -> int:
         return sum(self._settled.values())
+
+    def _emit_received(self, count: int) -> None:
+        if count and self._instruments is not None and self._series is not None:
+            self._instruments.count_items(self._series, received=count)
 
     def _emit_settled(self, outcome: str, count: int, reason: str | None) -> None:
         if count and self._instruments is not None and self._series is not None:

@@ -8,27 +8,27 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 import types
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from opentelemetry.trace import SpanKind
 
-from periscope_otel import guard
+from periscope_otel.attempts import Attempts
+from periscope_otel.call_site import entered, finish_raised, judge
+from periscope_otel.generators import wrap_async_generator, wrap_generator
+from periscope_otel.guarded import call_site
 from periscope_otel.lettered import policy_of
 from periscope_otel.registry import register
-from periscope_otel.scope import CallSite, failure_of, finish_raised, told_of, written_down
-from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping
+    from collections.abc import Callable, Mapping
 
     from opentelemetry.util.types import AttributeValue
 
-    from periscope_otel.operation import Operation
-    from periscope_otel.scope import PerCall
+    from periscope_otel.call_site import CallSite, PerCall, ResultPredicate
+    from periscope_otel.resilience.breaker import Breaker
+    from periscope_otel.resilience.retry import Retry
 
-    ResultPredicate = Callable[[Any], object]
 
 _Function = TypeVar(
     "_Function", bound="Callable[..., Any] | classmethod[Any, Any, Any] | staticmethod[Any, Any]"
@@ -52,7 +52,8 @@ def monitored(
     *,
     name: str | PerCall | None = None,
     feed: str | PerCall | None = None,
-    breaker: str | PerCall | None = None,
+    breaker: str | Breaker | PerCall | None = None,
+    retry: Retry | None = None,
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     result: ResultPredicate | None = None,
@@ -68,7 +69,8 @@ def monitored(
     *,
     name: str | PerCall | None = None,
     feed: str | PerCall | None = None,
-    breaker: str | PerCall | None = None,
+    breaker: str | Breaker | PerCall | None = None,
+    retry: Retry | None = None,
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     result: ResultPredicate | None = None,
@@ -90,7 +92,9 @@ def monitored(
             two parts of the function's module and qualified name.
         feed: The feed's name, or a callable of the bound arguments (a dict by parameter name); by
             default that of the enclosing operation.
-        breaker: The name of the breaker of what is called, or such a callable; put on the span.
+        breaker: The breaker of what is called, its name, or a callable of the bound arguments that
+            returns either. While it is open calls are not made: they raise `CircuitOpenError`.
+        retry: When to call again. Generators are not, once they have given an item.
         kind: The spans' kind; INTERNAL by default.
         attributes: Further attributes of the spans.
         result: Called with what the function returned. A true answer means failure: an exception
@@ -133,6 +137,7 @@ def monitored(
             result,
             feed=feed,
             breaker=breaker,
+            retry=retry,
             kind=kind,
             attributes=attributes,
             letters=letters,
@@ -148,7 +153,7 @@ def _decorate(
         return type(function)(_decorate(function.__func__, name, result, **fixed))
     refuse_what_is_no_function(function)
     name = name or default_name(function)
-    site = CallSite(name, function=function, **fixed)
+    site = call_site(name, function=function, **fixed)
     wrapper = wrap(function, site, result)
     if isinstance(name, str):
         register(name, wrapper)
@@ -189,11 +194,14 @@ def wrap(
     """Return the wrapper that suits the shape of `function`, looking like it."""
     shaped = _what_runs(function)
     if inspect.isasyncgenfunction(shaped):
-        wrapper = _wrap_async_generator(function, site)
+        wrapper = wrap_async_generator(function, site)
     elif inspect.isgeneratorfunction(shaped):
-        wrapper = _wrap_generator(function, site, result)
+        wrapper = wrap_generator(function, site, result)
     elif inspect.iscoroutinefunction(shaped) or inspect.iscoroutinefunction(function):
-        wrapper = _wrap_coroutine(function, site, result)
+        wrap_it = _wrap_guarded_coroutine if site.is_guarded else _wrap_coroutine
+        wrapper = wrap_it(function, site, result)
+    elif site.retry is not None:
+        wrapper = _wrap_retried_function(function, site, site.retry, result)
     else:
         wrapper = _wrap_function(function, site, result)
     if inspect.isfunction(shaped) and shaped.__code__.co_flags & inspect.CO_ITERABLE_COROUTINE:
@@ -218,7 +226,7 @@ def _wrap_function(
         try:
             value = function(*args, **kwargs)
             if result is not None:
-                _judge(operation, result, value)
+                judge(operation, result, value)
             operation.finish()
         except BaseException as error:
             finish_raised(operation, error)
@@ -226,6 +234,30 @@ def _wrap_function(
         return value
 
     return monitored_function
+
+
+def _wrap_retried_function(
+    function: Callable[..., Any], site: CallSite, retry: Retry, result: ResultPredicate | None
+) -> Callable[..., Any]:
+    begin = site.begin
+
+    def retried_function(*args: Any, **kwargs: Any) -> Any:
+        def attempt() -> Any:
+            value = function(*args, **kwargs)
+            if result is not None:
+                judge(operation, result, value)
+            return value
+
+        operation = begin(args, kwargs)
+        try:
+            value = Attempts(operation, retry).run(attempt)
+            operation.finish()
+        except BaseException as error:
+            finish_raised(operation, error)
+            raise
+        return value
+
+    return retried_function
 
 
 def _wrap_coroutine(
@@ -241,7 +273,7 @@ def _wrap_coroutine(
                 await operation.write_journal()
             value = await function(*args, **kwargs)
             if result is not None:
-                _judge(operation, result, value)
+                judge(operation, result, value)
             operation.finish()
         except BaseException as error:
             finish_raised(operation, error)
@@ -255,145 +287,35 @@ def _wrap_coroutine(
     return monitored_coroutine
 
 
-def _wrap_generator(
+def _wrap_guarded_coroutine(
     function: Callable[..., Any], site: CallSite, result: ResultPredicate | None
 ) -> Callable[..., Any]:
-    def monitored_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
-        inner = function(*args, **kwargs)
-        operation, _keeper = _begin_generator(site, args, kwargs)
-        step: Callable[[Any], Any] = inner.send
-        sent: Any = None
-        closing = False
-        # Whatever the consumer does to this generator is done to the user's, with the operation
-        # left around every yield. A close too is thrown in: the body may return, fail or go on.
-        while True:
-            operation.resume()
-            try:
-                item = step(sent)
-            except StopIteration as stop:
-                if result is not None:
-                    _judge(operation, result, stop.value)
-                _finish_generator(operation, closing=closing)
-                return stop.value
-            except BaseException as error:
-                sent = None  # or the error's traceback would refer to the error
-                _finish_generator(operation, error, closing=closing)
-                raise
-            operation.suspend()
-            step, sent, closing = inner.send, None, False
-            try:
-                sent = yield item
-            except GeneratorExit as error:
-                step, sent, closing = inner.throw, error, True
-            except BaseException as error:  # noqa: BLE001  (thrown in by the consumer: passed on)
-                step, sent = inner.throw, error
-
-    return monitored_generator
-
-
-def _wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callable[..., Any]:
     site.in_coroutine = True
+    retry = site.retry
 
-    async def monitored_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
-        inner = function(*args, **kwargs)
-        operation, _keeper = _begin_generator(site, args, kwargs)
-        if operation.journal_waiting:
-            await written_down(operation)
-        step: Callable[[Any], Awaitable[Any]] = functools.partial(_first_step, inner)
-        sent: Any = None
-        closing = False
-        while True:
-            operation.resume()
-            try:
-                item = await step(sent)
-            except StopAsyncIteration:
-                _finish_generator(operation, closing=closing)
-                if operation.letters_waiting:
-                    await operation.deliver()
-                return
-            except BaseException as error:
-                sent = None
-                _finish_generator(operation, error, closing=closing)
-                if operation.letters_waiting:
-                    await operation.deliver()
-                raise
-            operation.suspend()
-            step, sent, closing = inner.asend, None, False
-            try:
-                sent = yield item
-            except GeneratorExit as error:
-                step, sent, closing = inner.athrow, error, True
-            except BaseException as error:  # noqa: BLE001  (thrown in by the consumer: passed on)
-                step, sent = inner.athrow, error
+    async def guarded_coroutine(*args: Any, **kwargs: Any) -> Any:
+        async def attempt() -> Any:
+            value = await function(*args, **kwargs)
+            if result is not None:
+                judge(operation, result, value)
+            return value
 
-    return monitored_async_generator
+        operation = entered(await site.prepare_async(args, kwargs))
+        try:
+            if operation.journal_waiting:
+                await operation.write_journal()
+            if retry is None:
+                value = await attempt()
+            else:
+                value = await Attempts(operation, retry).run_async(attempt)
+            operation.finish()
+        except BaseException as error:
+            finish_raised(operation, error)
+            if operation.letters_waiting:
+                await operation.deliver()
+            raise
+        if operation.letters_waiting:
+            await operation.deliver()
+        return value
 
-
-def _first_step(inner: AsyncGenerator[Any, Any], sent: None) -> Awaitable[Any]:
-    """Start the user's async generator without telling the event loop of it.
-
-    A loop closes each generator that it knows, at its own end or when one is garbage. It shall
-    know the wrapper alone, which closes the user's: two closes at once are an error.
-    """
-    hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, _left_to_the_wrapper)
-    try:
-        return inner.asend(sent)
-    finally:
-        sys.set_asyncgen_hooks(*hooks)
-
-
-def _left_to_the_wrapper(_inner: AsyncGenerator[Any, Any]) -> None:
-    """Do nothing where an event loop would close a generator that is garbage."""
-
-
-class _Keeper:
-    """Settles the operation of a generator whose frame is thrown away without being run.
-
-    That is what becomes of a body that yields or awaits when it is told to exit.
-    """
-
-    __slots__ = ("_operation",)
-
-    def __init__(self, operation: Operation) -> None:
-        self._operation = operation
-
-    def __del__(self) -> None:
-        self._operation.abandon()
-
-
-def _begin_generator(
-    site: CallSite, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> tuple[Operation, _Keeper]:
-    with guard.contained("worker start"):
-        worker.start()
-    operation = site.prepare(args, kwargs)
-    return operation, _Keeper(operation)
-
-
-def _finish_generator(
-    operation: Operation, error: BaseException | None = None, *, closing: bool
-) -> None:
-    """Leave and settle; a closed generator may be so by a finaliser, which takes no lock."""
-    if closing and (error is None or isinstance(error, GeneratorExit)):
-        operation.leave()
-        operation.settle_later()
-    elif error is None:
-        operation.finish()
-    elif closing:
-        operation.leave()
-        operation.settle_later(failure_of(error), error)
-    else:
-        finish_raised(operation, error)
-
-
-def _judge(operation: Operation, result: ResultPredicate, value: object) -> None:
-    """Ask the user's predicate whether a returned value means failure."""
-    try:
-        verdict = result(value)
-        means_failure = bool(verdict)
-    except Exception as error:  # noqa: BLE001  (the user's predicate must not break the call)
-        guard.warn("result predicate", "the callable given as result= raised %s", told_of(error))
-        return
-    if means_failure:
-        operation.fail(verdict if isinstance(verdict, (str, BaseException)) else value)
+    return guarded_coroutine

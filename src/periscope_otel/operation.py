@@ -34,6 +34,7 @@ from periscope_otel.items import (
     ItemLedger,
 )
 from periscope_otel.redaction import clean_name, redact
+from periscope_otel.resilience.awaiting import GUARDED_KEY, await_end, settle_awaiting
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attribute
 from periscope_otel.telemetry.worker import worker
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
     from opentelemetry.util.types import AttributeValue
 
+    from periscope_otel.resilience.breaker import Breaker
+    from periscope_otel.resilience.circuit import Permit
     from periscope_otel.telemetry.current import Telemetry
     from periscope_otel.telemetry.series import Series
 
@@ -94,17 +97,27 @@ class Operation:
     """How it ended (`ok`, `error`, `timeout`, `cancelled`, `rejected`, `partial`); None before."""
     context: Context | None = None
     """The OpenTelemetry context in which it is the current operation; None without an SDK."""
+    breaker: Breaker | None = None
+    """The breaker that guards it."""
+    permit: Permit | None = None
+    """What its breaker has given it; that of the last attempt, where there were several."""
+    refused = False
+    """Whether its breaker gave it none, so that no call was made."""
+    attempts = 1
+    """How many attempts it has taken so far."""
     _telemetry: Telemetry | None = None
     token: contextvars.Token[Any] | None = None
     _resumed_at: float = 0.0
     _seconds: float = 0.0
     _ledger: ItemLedger | None = None
-    _failure: Failure | None = None
+    failure: Failure | None = None
+    """What `fail` was told, and so how it will end if nothing is raised."""
     _item_events: int = 0
     _posted: bool = False
     _suspended_at: float = 0.0
     _resume_in: Operation | None = None
     _consumer_seconds: float | None = None
+    _failed_before = 0
     _key: str | None = None
 
     def __init__(self, name: str, feed: str | None) -> None:
@@ -188,11 +201,11 @@ class Operation:
         """
         with guard.contained("operation.fail"):
             if isinstance(error, BaseException):
-                self._failure = classify(error)
-                if self._failure.outcome in _FAILURES:
+                self.failure = classify(error)
+                if self.failure.outcome in _FAILURES:
                     self._record_exception(error)
             else:
-                self._failure = classify_response(error) or _UNTYPED_FAILURE
+                self.failure = classify_response(error) or _UNTYPED_FAILURE
                 description = redact(error) if isinstance(error, str) else None
                 self.span.set_status(Status(StatusCode.ERROR, description))
 
@@ -233,6 +246,22 @@ class Operation:
         """Whether a coroutine has to await `deliver`."""
         return False
 
+    def settle_attempt(self, failure: Failure, error: BaseException | None) -> None:
+        """Tell the breaker of an attempt that has ended and may be followed by another one."""
+        permit = self.permit
+        if permit is not None:
+            with guard.contained("breaker"):
+                permit.conclude(self._verdict(permit, failure, error), self.span.get_span_context())
+                permit.settle()
+
+    def begin_again(self, permit: Permit | None) -> None:
+        """Begin a further attempt: what the one before has counted stays, what it said is void."""
+        self.attempts += 1
+        self.permit = permit
+        self.failure = None
+        if self._ledger is not None:
+            self._failed_before = self._ledger.begin_again()
+
     @property
     def journal_waiting(self) -> bool:
         """Whether a coroutine has to await `write_journal`."""
@@ -259,7 +288,11 @@ class Operation:
             self.span = telemetry.start_span(self.name, parent, kind, attributes, links)
         except Exception as error:  # noqa: BLE001  (a span processor raised: count without a span)
             guard.report("start_span", error)
-        self.context = Context(parent | {SPAN_KEY: self.span, OPERATION_KEY: self})
+        context = parent | {SPAN_KEY: self.span, OPERATION_KEY: self}
+        if self.permit is not None:
+            guards: Any = parent.get(GUARDED_KEY, ())
+            context[GUARDED_KEY] = (*guards, self.permit.breaker.name)
+        self.context = Context(context)
         telemetry.live.add(self)
 
     def enter(self) -> None:
@@ -288,7 +321,12 @@ class Operation:
 
     def finish(self) -> None:
         """Leave and settle an operation that raised nothing."""
-        if self.context is None and self._ledger is None and self._failure is None:
+        if (
+            self.context is None
+            and self._ledger is None
+            and self.failure is None
+            and self.permit is None
+        ):
             # As in CallSite.begin: without an SDK this is nearly all that a call costs.
             self.outcome = "ok"
             try:
@@ -307,6 +345,8 @@ class Operation:
         else:
             self.context = get_current()
         self.leave()
+        if self.permit is not None:
+            self.permit.pause()
         if self._telemetry is not None:
             self._suspended_at = self._telemetry.clock()
 
@@ -318,6 +358,8 @@ class Operation:
                 self._consumer_seconds = 0.0
             else:
                 self._consumer_seconds = consumed + self._telemetry.clock() - self._suspended_at
+        if self.permit is not None:
+            self.permit.resume()
         self.enter()
 
     def settle(
@@ -350,26 +392,56 @@ class Operation:
             ledger = self.__dict__.setdefault("_ledger", CLOSED_LEDGER)
             if (
                 failure is not None
-                or self._failure is not None
+                or self.failure is not None
                 or ledger is not CLOSED_LEDGER
                 or self._consumer_seconds is not None
+                or self.attempts > 1
             ):
                 outcome, error_type = self._describe(failure, error)
         except Exception as own_error:  # noqa: BLE001
             guard.report("operation.settle", own_error)
-            known = failure or self._failure
+            known = failure or self.failure
             outcome, error_type = ("ok", None) if known is None else (known.outcome, None)
-        self._closing(outcome, failure or self._failure, error)  # whatever came of the span
+        self._closing(outcome, failure or self.failure, error)  # whatever came of the span
         self.outcome = outcome
         # The context refers to this operation: without the circle it is freed at once.
         self.context = None
+        permit = self.permit
+        if permit is not None:
+            self._conclude(permit, failure, error)
         try:
             self.span.end(ended_at)
         except Exception as own_error:  # noqa: BLE001  (a span processor raised)
             guard.report("span.end", own_error)
         finally:
             # Also when the span's end is interrupted by Ctrl-C: the call is counted.
+            if permit is not None:
+                self._settle_permit(permit)
             self._record(telemetry, outcome, error_type)
+
+    def _conclude(
+        self, permit: Permit, failure: Failure | None, error: BaseException | None
+    ) -> None:
+        """Have a span processor that drives breakers settle the permit as the span ends."""
+        span_context = self.span.get_span_context()
+        permit.conclude(self._verdict(permit, failure, error), span_context)
+        if span_context.is_valid:
+            await_end(span_context.span_id, permit)
+
+    def _verdict(
+        self, permit: Permit, failure: Failure | None, error: BaseException | None
+    ) -> Failure | None:
+        failure = failure or self.failure
+        judge = permit.breaker.policy.judge
+        if judge is None or error is None or failure is None:
+            return failure
+        return permit.breaker.failure_of(error)
+
+    def _settle_permit(self, permit: Permit) -> None:
+        """Settle it, unless the span's end has; see that nothing of it is left behind."""
+        with guard.contained("breaker"):
+            settle_awaiting(self.span.get_span_context().span_id)
+            permit.settle()
 
     def _record(self, telemetry: Telemetry, outcome: str, error_type: str | None) -> None:
         series = self.series
@@ -422,9 +494,12 @@ class Operation:
         self, failure: Failure | None, error: BaseException | None
     ) -> None:
         if self.outcome is None:
-            failure = failure or self._failure
-            self.outcome = _outcome_of(failure, self._close_ledger())
+            failure = failure or self.failure
+            self.outcome = _outcome_of(failure, self._close_ledger(), self._failed_before)
             self._closing(self.outcome, failure, error)
+            if self.permit is not None:
+                with guard.contained("breaker"):
+                    self.permit.settle(self._verdict(self.permit, failure, error))
 
     def _closing(self, outcome: str, failure: Failure | None, error: BaseException | None) -> None:
         """Take note of how it ends, while the span can still be written to; for subclasses."""
@@ -438,8 +513,8 @@ class Operation:
     ) -> tuple[str, str | None]:
         """Put what differs from a plain success on the span; return outcome and error type."""
         account = self._close_ledger()
-        failure = failure or self._failure
-        outcome = _outcome_of(failure, account)
+        failure = failure or self.failure
+        outcome = _outcome_of(failure, account, self._failed_before)
         error_type = None if failure is None else failure.error_type
         span = self.span
         if not span.is_recording():
@@ -452,9 +527,19 @@ class Operation:
         if error_type is not None:
             attributes[names.ERROR_TYPE] = error_type
         span.set_attributes(attributes)
+        if self.attempts > 1 and outcome in _SUCCESSES:
+            span.set_status(Status(StatusCode.OK))  # an earlier attempt may have said ERROR
         if error is not None and outcome in _FAILURES:
-            self._record_exception(error)
+            if self.refused:
+                self._record_refusal(error)
+            else:
+                self._record_exception(error)
         return outcome, error_type
+
+    def _record_refusal(self, error: BaseException) -> None:
+        """Set the status alone: a breaker's refusal has no stack that would tell anything."""
+        self.span.set_status(Status(StatusCode.ERROR, str(error)))
+        _first_to_record(error, self.span.get_span_context().trace_id)
 
     def _record_exception(self, error: BaseException) -> None:
         """Set the status; and the event, if no inner operation of this trace has recorded it."""
@@ -492,10 +577,11 @@ _SUCCESSES = frozenset({"ok", "partial"})
 _FAILURES = frozenset({"error", "timeout", "rejected"})
 
 
-def _outcome_of(failure: Failure | None, account: ItemAccount | None) -> str:
+def _outcome_of(failure: Failure | None, account: ItemAccount | None, failed_before: int) -> str:
+    """Return how it ended; items that failed in attempts that were followed by one are past."""
     if failure is not None and failure.outcome != "ok":
         return failure.outcome
-    if account is not None and (account.failed or account.unaccounted):
+    if account is not None and (account.failed > failed_before or account.unaccounted):
         return "partial"
     return "ok"
 

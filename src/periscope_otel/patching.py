@@ -16,10 +16,10 @@ import wrapt
 from opentelemetry.trace import SpanKind
 
 from periscope_otel import guard
+from periscope_otel.guarded import call_site
 from periscope_otel.lettered import policy_of
 from periscope_otel.monitored import default_name, refuse_what_is_no_function, wrap
 from periscope_otel.registry import register
-from periscope_otel.scope import CallSite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from opentelemetry.util.types import AttributeValue
 
-    from periscope_otel.monitored import ResultPredicate
-    from periscope_otel.scope import PerCall
+    from periscope_otel.call_site import PerCall, ResultPredicate
+    from periscope_otel.resilience.breaker import Breaker
+    from periscope_otel.resilience.retry import Retry
 
 
 class _MonitoredBoundFunction(wrapt.BoundFunctionWrapper[..., Any]):
@@ -126,7 +127,7 @@ class Patch:
         function = getattr(original, "__func__", original)
         refuse_what_is_no_function(function)
         name = self.name or default_name(function)
-        closure = wrap(function, CallSite(name, function=function, **self.fixed), self.result)
+        closure = wrap(function, call_site(name, function=function, **self.fixed), self.result)
 
         def call(
             _wrapped: Callable[..., Any],
@@ -149,7 +150,8 @@ def monitor_function(
     *,
     name: str | PerCall | None = None,
     feed: str | PerCall | None = None,
-    breaker: str | PerCall | None = None,
+    breaker: str | Breaker | PerCall | None = None,
+    retry: Retry | None = None,
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     result: ResultPredicate | None = None,
@@ -169,7 +171,8 @@ def monitor_function(
         target: `"package.module:function"` or `"package.module:Class.method"`.
         name: As for `monitored`; by default the last two parts of module and qualified name.
         feed: As for `monitored`, as are the others.
-        breaker: The name of the breaker of what is called.
+        breaker: As for `monitored`: the breaker of what is called, or its name.
+        retry: When to call again.
         kind: The spans' kind.
         attributes: Further attributes of the spans.
         result: Says of a returned value whether it means failure.
@@ -194,7 +197,7 @@ def monitor_function(
     letters = policy_of(
         dead_letter, payload, idempotency_key, journal=journal, rejected=dead_letter_rejected
     )
-    fixed: dict[str, Any] = {"feed": feed, "breaker": breaker, "kind": kind}
+    fixed: dict[str, Any] = {"feed": feed, "breaker": breaker, "retry": retry, "kind": kind}
     fixed |= {"attributes": attributes, "letters": letters}
     with _lock:
         known = _patches.get(target)

@@ -9,13 +9,15 @@ import threading
 import time
 import weakref
 from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from opentelemetry import metrics, trace
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use, options_of
 from periscope_otel.operation import Operation
+from periscope_otel.resilience.breaker import breakers as all_breakers
+from periscope_otel.resilience.pausing import resumed, shutting_down
 from periscope_otel.report import ExportReport, SignalReport
 from periscope_otel.settings import Settings, differences, load
 from periscope_otel.telemetry import pipeline
@@ -33,7 +35,7 @@ from periscope_otel.telemetry.reader import ExportingReader
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricReader
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
     from periscope_otel.dead_letter.loss import OnLost
     from periscope_otel.dead_letter.queue import DeadLetterQueue
+    from periscope_otel.resilience.policy import BreakerPolicy
+    from periscope_otel.resilience.shared import SharedVerdicts
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")
@@ -83,10 +87,14 @@ class Runtime:
         self._page: PrometheusPage | None = None
         self.server: Server | None = None
         self._can_export = True
+        self._ending = False
         self._pid = os.getpid()
         self._hooks = ExitHooks(self._end)
         self._reset_end()
+        self._sharing: SharedVerdicts | None = None
+        resumed()
         self._use_dead_letters(on_lost)
+        self._share_breakers()
         if settings.prometheus is not None:
             self._serve(settings.prometheus.host, settings.prometheus.port)
         try:
@@ -141,11 +149,14 @@ class Runtime:
             self._closed.wait(timeout)
             return self.report(in_time=self._closed.is_set())
         deadline = time.monotonic() + timeout
+        shutting_down()
         in_time = self.flush(timeout)
         report = self.report(in_time=in_time)
         self._say(report)
         self._close_parts(deadline)
         self._closed.set()
+        if not self._ending:
+            resumed()  # the program may go on without telemetry
         return report
 
     @property
@@ -191,9 +202,21 @@ class Runtime:
         if settings.dead_letters is not False and (asked_for or in_use.wanted):
             in_use.queue().start()
 
+    def _share_breakers(self) -> None:
+        url = self.settings.redis_url
+        if url is None or not self.settings.breaker_sharing:
+            return
+        from periscope_otel.redis_link import RedisLink
+        from periscope_otel.resilience.shared import SharedVerdicts
+
+        self._sharing = SharedVerdicts(RedisLink(url), all_breakers)
+        self._sharing.start()
+        all_breakers.share(self._sharing)
+
     def _wire_traces(self) -> None:
         if self.tracer_provider is not None:
             self._use_foreign("spans", self.tracer_provider)
+            self._drive_breakers(self.tracer_provider)
             return
         wanted = pipeline.destinations(
             "traces", self.settings.otlp_endpoint, self.settings.otlp_protocol
@@ -201,8 +224,31 @@ class Runtime:
         if wanted:
             self._processors = pipeline.span_processors(wanted)
             self.tracer_provider = pipeline.build_tracer_provider(self.resource, self._processors)
+            self._drive_breakers(self.tracer_provider)
             for processor in self._processors:
                 self._flush_threads.append(FlushThread("periscope-spans", processor.force_flush))
+
+    def _drive_breakers(self, provider: TracerProvider) -> None:
+        """Have client spans drive the breakers of their hosts, as far as the provider lets them."""
+        from periscope_otel.resilience.sampler import RecordOnlySampler, check_sampler
+        from periscope_otel.resilience.span_processor import BreakerSpanProcessor
+
+        is_ours, wanted = bool(self._processors), self.settings.breaker_spans
+        if wanted is False or not (wanted or is_ours):
+            return
+        add = getattr(provider, "add_span_processor", None)
+        if add is None:
+            logger.warning("breaker_spans: %s takes no span processor", type(provider).__name__)
+            return
+        add(BreakerSpanProcessor())
+        if not self.settings.record_client_spans:
+            return
+        if is_ours:
+            # Outside of what OTEL_TRACES_SAMPLER names, which the provider has read itself.
+            built: Any = provider
+            built.sampler = RecordOnlySampler(built.sampler)
+        elif (wrong := check_sampler(provider)) is not None:
+            logger.warning("record_client_spans: %s", wrong)
 
     def _wire_metrics(self) -> None:
         if self.meter_provider is not None:
@@ -284,6 +330,7 @@ class Runtime:
 
     def _end(self, kind: str) -> None:
         """Called at the end of the process, whatever ends it."""
+        self._ending = True
         for operation in tuple(self.telemetry.live):
             with guard.contained("operation at the end"):
                 if isinstance(operation, Operation):
@@ -319,6 +366,9 @@ class Runtime:
             _run_until(deadline, close)
         for thread in self._flush_threads:
             thread.stop()
+        if self._sharing is not None:
+            all_breakers.share(None)
+            self._sharing.close(max(0.1, deadline - time.monotonic()))
         with guard.contained("dead letters"):
             in_use.close(max(0.1, deadline - time.monotonic()))
             in_use.configure(None)
@@ -427,6 +477,10 @@ def configure(
     dead_letter_file_limit: int | None = None,
     dead_letter_headers: Sequence[str] | None = None,
     jaeger_url: str | None = None,
+    breakers: Mapping[str, BreakerPolicy] | None = None,
+    breaker_sharing: bool | None = None,
+    breaker_spans: bool | None = None,
+    record_client_spans: bool | None = None,
     on_lost: OnLost | None = None,
 ) -> Runtime:
     """Set everything up, once for the process. Every argument is optional.
@@ -455,6 +509,14 @@ def configure(
         dead_letter_file_limit: Bytes that the file of dead letters may grow to; 1 GiB.
         dead_letter_headers: Names of entries of the baggage that a dead letter carries along.
         jaeger_url: Where `periscope dlq show` finds traces.
+        breakers: How breakers are made that are only named, by pattern of their names:
+            `{"*.abuse.ch": BreakerPolicy(slow_threshold=20.0)}`.
+        breaker_sharing: Whether processes that share `redis_url` share what their breakers find;
+            True.
+        breaker_spans: Whether client spans of other instrumentations are recorded on the breaker
+            of their host; by default where the tracer provider is built here.
+        record_client_spans: Whether these are recorded also where their trace is not sampled;
+            False.
         on_lost: Called with each dead letter that could not be kept, and why.
 
     Returns:
@@ -486,8 +548,13 @@ def configure(
             "dead_letter_file_limit": dead_letter_file_limit,
             "dead_letter_headers": dead_letter_headers,
             "jaeger_url": jaeger_url,
+            "breaker_sharing": breaker_sharing,
+            "breaker_spans": breaker_spans,
+            "record_client_spans": record_client_spans,
         }
     )
+    for pattern, policy in (breakers or {}).items():
+        all_breakers.defaults(pattern, policy)
     with _lock:
         if _runtime is None or _runtime.closed:
             _runtime = Runtime(settings, tracer_provider, meter_provider, on_lost)

@@ -1,252 +1,25 @@
-"""Where operations begin: what a place in the code says of them, and `operation(...)` blocks."""
+"""`operation(...)`: a block of code that is monitored as one operation."""
 
 from __future__ import annotations
 
-import inspect
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
-from opentelemetry.context import Context, get_current
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
-from periscope_otel import guard
-from periscope_otel.failure import Failure, classify, message_of
-from periscope_otel.lettered import Call, LetteredOperation, policy_of
-from periscope_otel.operation import (
-    CANCELLED,
-    OPERATION_KEY,
-    UNOBSERVED,
-    Operation,
-    enclosing_operation,
-)
-from periscope_otel.telemetry import names
-from periscope_otel.telemetry.attributes import clean_attributes, clean_label
-from periscope_otel.telemetry.current import current, discover
-from periscope_otel.telemetry.worker import worker
+from periscope_otel.call_site import finish_raised
+from periscope_otel.guarded import call_site
+from periscope_otel.lettered import policy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
+    from opentelemetry.context import Context
     from opentelemetry.util.types import AttributeValue
 
-    from periscope_otel.lettered import LetterPolicy
-
-    PerCall: TypeAlias = Callable[[dict[str, Any]], object]
-    """A value worked out for each call, from its bound arguments by name."""
-
-UNNAMED = "operation"
-"""The name of an operation whose name could not be had."""
-
-
-class CallSite:
-    """What all operations begun at one place share; the values that vary are worked out per call.
-
-    Args:
-        name: The operation's name, or a callable of the bound arguments.
-        feed: The feed's name, or such a callable; None inherits the enclosing operation's.
-        breaker: The name of the breaker of what is called, or such a callable.
-        kind: The kind of the spans.
-        attributes: Further attributes of the spans.
-        function: The callable whose signature binds the arguments.
-        letters: What of it becomes a dead letter; nothing by default.
-    """
-
-    in_coroutine = False
-    """Whether a coroutine runs the operations, and awaits what must not hold its loop up."""
-
-    def __init__(
-        self,
-        name: str | PerCall,
-        *,
-        feed: str | PerCall | None = None,
-        breaker: str | PerCall | None = None,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Mapping[str, AttributeValue] | None = None,
-        function: Callable[..., Any] | None = None,
-        letters: LetterPolicy | None = None,
-    ) -> None:
-        for what, value in (("name", name), ("feed", feed), ("breaker", breaker)):
-            if value is not None and not isinstance(value, str) and not callable(value):
-                raise TypeError(f"{what}= takes a text or a callable, not {type(value).__name__}")
-        self._name = (clean_label(name) if isinstance(name, str) else "") or UNNAMED
-        self._feed = (clean_label(feed) or None) if isinstance(feed, str) else None
-        self._kind = kind
-        self._extra = clean_attributes(attributes or {})
-        if isinstance(breaker, str):
-            self._extra[names.BREAKER_NAME] = clean_label(breaker)
-        self._attributes = self._span_attributes(self._name, self._feed)
-        self._per_call: dict[str, PerCall] = {
-            what: value
-            for what, value in (("name", name), ("feed", feed), ("breaker", breaker))
-            if callable(value)
-        }
-        self._function = function
-        self._letters = letters
-        self._is_plain = not self._per_call and letters is None
-        self._signature: inspect.Signature | None = None
-
-    def begin(
-        self, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Operation:
-        """Begin an operation and make it the current one; raises nothing but an interruption."""
-        if current.telemetry is None and self._is_plain and discover() is None:
-            # Without an SDK this is nearly all that a decorated call costs, so it is spelt out.
-            enclosing = UNOBSERVED.get()
-            feed = self._feed
-            if feed is None and enclosing is not None:
-                feed = enclosing.feed
-            operation = Operation(self._name, feed)
-            operation.token = UNOBSERVED.set(operation)
-            return operation
-        operation = self._make(args, kwargs)
-        try:
-            self._start(operation, args, kwargs, None, None)
-            operation.enter()
-        except BaseException as error:  # noqa: BLE001
-            _never_begun(operation, error)
-        return operation
-
-    def prepare(
-        self,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-        parent: Context | None = None,
-        links: Sequence[Link] | None = None,
-    ) -> Operation:
-        """Begin an operation without making it the current one.
-
-        Args:
-            args: The positional arguments of the call, for what is worked out per call.
-            kwargs: Its keyword arguments.
-            parent: The context to begin in; the current one by default.
-            links: Spans of other traces that led to this one.
-        """
-        operation = self._make(args, kwargs)
-        try:
-            self._start(operation, args, kwargs, parent, links)
-        except BaseException as error:  # noqa: BLE001
-            _never_begun(operation, error)
-        return operation
-
-    def _make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Operation:
-        if self._letters is None:
-            return Operation(self._name, self._feed)
-        call = Call(self._function, args, kwargs or {})
-        operation = LetteredOperation(
-            self._name, self._feed, self._letters, call, lambda: self._bind(args, kwargs or {})
-        )
-        operation.in_coroutine = self.in_coroutine
-        with guard.contained("worker start"):
-            worker.start()  # a finaliser may end it, and may not start a thread
-        return operation
-
-    def _start(
-        self,
-        operation: Operation,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        parent: Context | None,
-        links: Sequence[Link] | None,
-    ) -> None:
-        if parent is None:
-            parent = get_current()
-        attributes = self._attributes
-        if self._per_call:
-            operation.name, operation.feed, attributes = self._work_out(args, kwargs or {})
-        if operation.feed is None:
-            enclosing = enclosing_operation(parent)
-            if enclosing is not None:
-                operation.feed = enclosing.feed
-        if operation.feed is not None and names.FEED_NAME not in attributes:
-            attributes = {**attributes, names.FEED_NAME: operation.feed}
-        telemetry = current.telemetry or discover()
-        if telemetry is None:
-            return
-        if parent.get(SUPPRESS_KEY):
-            operation.context = Context(parent | {OPERATION_KEY: operation})
-        else:
-            operation.start(telemetry, parent, self._kind, attributes, links)
-
-    def _span_attributes(self, name: str, feed: str | None) -> dict[str, AttributeValue]:
-        attributes: dict[str, AttributeValue] = {names.OPERATION_NAME: name, names.OUTCOME: "ok"}
-        if feed is not None:
-            attributes[names.FEED_NAME] = feed
-        # The user's attributes come first in the dict literal's order of precedence: ours win.
-        return {**self._extra, **attributes}
-
-    def _work_out(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> tuple[str, str | None, dict[str, AttributeValue]]:
-        values: dict[str, str] = {}
-        bound = self._bind(args, kwargs)
-        if bound is not None:
-            for what, work_out in self._per_call.items():
-                value = _contained_call(what, work_out, bound)
-                label = "" if value is None else clean_label(value)
-                if label:
-                    values[what] = label
-        name, feed = values.get("name", self._name), values.get("feed", self._feed)
-        attributes = self._span_attributes(name, feed)
-        if "breaker" in values:
-            attributes[names.BREAKER_NAME] = values["breaker"]
-        return name, feed, attributes
-
-    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the arguments by name; None if they do not fit, which the call itself will say."""
-        if self._function is None:
-            return None
-        try:
-            if self._signature is None:
-                self._signature = inspect.signature(self._function)
-            bound = self._signature.bind(*args, **kwargs)
-        except (TypeError, ValueError):
-            return None
-        bound.apply_defaults()
-        return bound.arguments
-
-
-def _never_begun(operation: Operation, error: BaseException) -> None:
-    """Leave nothing behind of an operation whose begin failed, or was interrupted by Ctrl-C."""
-    operation.leave()
-    operation.settle(CANCELLED)
-    if not isinstance(error, Exception):
-        raise error
-    guard.report("begin", error)
-
-
-def _contained_call(what: str, work_out: PerCall, bound: dict[str, Any]) -> object:
-    try:
-        return work_out(bound)
-    except Exception as error:  # noqa: BLE001  (the user's callable must not break the user's call)
-        guard.warn(
-            f"{what} callable",
-            "the callable given as %s= raised %s; left out",
-            what,
-            told_of(error),
-        )
-        return None
-
-
-def told_of(error: BaseException) -> str:
-    """Return an error of the user's callable as a log line may show it."""
-    return f"{type(error).__name__}: {message_of(error, 200)}"
-
-
-def failure_of(error: BaseException) -> Failure | None:
-    """Return what an exception that left an operation means; None if nothing went wrong."""
-    failure = classify(error)
-    return None if failure.outcome == "ok" else failure
-
-
-def finish_raised(operation: Operation, error: BaseException) -> None:
-    """Leave and settle an operation that `error` ended."""
-    operation.leave()
-    if isinstance(error, GeneratorExit):
-        # A coroutine that is closed; perhaps by a finaliser, where no lock may be taken.
-        operation.settle_later(CANCELLED)
-    else:
-        operation.settle(failure_of(error), error)
+    from periscope_otel.call_site import CallSite
+    from periscope_otel.operation import Operation
+    from periscope_otel.resilience.breaker import Breaker
 
 
 async def written_down(operation: Operation) -> None:
@@ -270,17 +43,18 @@ class OperationBlock:
         self._parent = context
         self._links = links
         self._operation: Operation | None = None
+        self._begun = False
 
     def __enter__(self) -> Operation:
-        operation = self._prepare()
+        self._begin_once()
+        self._operation = operation = self._site.prepare(parent=self._parent, links=self._links)
         operation.enter()
         return operation
 
-    def _prepare(self) -> Operation:
-        if self._operation is not None:
+    def _begin_once(self) -> None:
+        if self._begun:
             raise RuntimeError("an operation block is entered once: call operation(...) again")
-        self._operation = operation = self._site.prepare(parent=self._parent, links=self._links)
-        return operation
+        self._begun = True
 
     def __exit__(
         self,
@@ -297,8 +71,10 @@ class OperationBlock:
             finish_raised(operation, exc)
 
     async def __aenter__(self) -> Operation:
+        self._begin_once()
         self._site.in_coroutine = True
-        operation = self._prepare()
+        operation = await self._site.prepare_async(parent=self._parent, links=self._links)
+        self._operation = operation
         if operation.journal_waiting:
             await written_down(operation)
         operation.enter()
@@ -319,7 +95,7 @@ def operation(
     name: str,
     *,
     feed: str | None = None,
-    breaker: str | None = None,
+    breaker: str | Breaker | None = None,
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
     links: Sequence[Link | SpanContext] | None = None,
@@ -328,13 +104,14 @@ def operation(
     payload: object = None,
     idempotency_key: str | None = None,
     journal: bool = False,
+    dead_letter_rejected: bool = False,
 ) -> OperationBlock:
     """Monitor a block of code as one ingest operation; for `with` and `async with`.
 
     Args:
         name: The operation's name; one of a few fixed ones, since it is a label.
         feed: The feed's name; by default that of the enclosing operation.
-        breaker: The name of the breaker of what the block calls; put on the span.
+        breaker: The breaker of what the block calls, or its name.
         kind: The span's kind; INTERNAL by default.
         attributes: Further attributes of the span.
         links: Spans of other traces that led to this one.
@@ -345,9 +122,11 @@ def operation(
             same name.
         idempotency_key: What `payload` is known by; of its content by default.
         journal: Write `payload` down before the block begins, so that a killed process leaves it.
+        dead_letter_rejected: Keep `payload` also where the breaker rejects the block.
 
     Returns:
-        A context manager that gives the `Operation`.
+        A context manager that gives the `Operation`; entering it raises `CircuitOpenError` where
+        the breaker lets no call pass.
 
     Example:
         >>> with operation("store", feed="urlhaus") as op:
@@ -358,8 +137,9 @@ def operation(
         None if payload is None else lambda _: payload,
         None if idempotency_key is None else lambda _: idempotency_key,
         journal=journal,
+        rejected=dead_letter_rejected,
     )
-    site = CallSite(
+    site = call_site(
         name, feed=feed, breaker=breaker, kind=kind, attributes=attributes, letters=letters
     )
     made = None if links is None else [_link(one) for one in links]

@@ -71,6 +71,9 @@ class Settings(NamedTuple):
     dead_letter_file_limit: int
     dead_letter_headers: tuple[str, ...]
     jaeger_url: str | None
+    breaker_sharing: bool
+    breaker_spans: bool | None
+    record_client_spans: bool
 
 
 def _text(value: Any) -> str | None:
@@ -253,6 +256,29 @@ SETTINGS: tuple[Setting, ...] = (
         _endpoint,
         "a URL such as http://localhost:16686",
         "Where `periscope dlq show` finds the trace of a dead letter.",
+    ),
+    Setting(
+        "breaker_sharing",
+        True,
+        _switch,
+        "true or false",
+        "Whether processes that share `redis_url` share what their breakers find.",
+    ),
+    Setting(
+        "breaker_spans",
+        None,
+        _switch,
+        "true or false",
+        "Whether client spans of other instrumentations (httpx, requests, redis …) are recorded on "
+        "the breaker of their host. By default where `configure()` builds the TracerProvider.",
+    ),
+    Setting(
+        "record_client_spans",
+        False,
+        _switch,
+        "true or false",
+        "Whether these spans are recorded for the breakers also where their trace is not sampled; "
+        "they are not exported then.",
     ),
 )
 

@@ -41,6 +41,7 @@ class Origin(NamedTuple):
     queue: str
     span: SpanContext = INVALID_SPAN_CONTEXT
     headers: Mapping[str, str] = MappingProxyType({})
+    attempts: int = 1
 
 
 class Cause(NamedTuple):
@@ -118,6 +119,7 @@ def letter_of(
         replayable=encoded.not_replayable_because is None,
         not_replayable_because=encoded.not_replayable_because,
         headers=dict(origin.headers),
+        attempts=origin.attempts,
         first_failed_at=now,
         host=host_name(),
         pid=os.getpid(),

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter.replaying import Replaying
     from periscope_otel.failure import Failure
     from periscope_otel.lettered.policy import LetterPolicy
+    from periscope_otel.resilience.circuit import Permit
 
 MOST_HELD: Final = 1000
 """Failed items that one operation holds until it settles."""
@@ -208,6 +209,13 @@ class LetteredOperation(Operation):
         if not self.in_coroutine and self._has_letters:
             self._deliver()
 
+    def begin_again(self, permit: Permit | None) -> None:
+        """Begin a further attempt: the items that failed in the one before come again."""
+        super().begin_again(permit)
+        self._returned_failure = None
+        with self._holding:
+            self._held, self._held_bytes, self._too_many = [], 0, False
+
     def settle_later(
         self, failure: Failure | None = None, error: BaseException | None = None
     ) -> None:
@@ -265,7 +273,8 @@ class LetteredOperation(Operation):
         if outcome in _FAILED:
             return True
         if outcome == "rejected":
-            return self._policy.rejected
+            # Where only a call inside of it was rejected, it may be half done: that is kept.
+            return self._policy.rejected or not self.refused
         return outcome == "cancelled" and self._was_journalled
 
     def _close_failed(self, outcome: str, failure: Failure | None, error: object) -> None:
@@ -435,8 +444,9 @@ class LetteredOperation(Operation):
             if (value := baggage.get_baggage(name, self.context)) is not None
         }
         return Origin(
-            self.name, self.feed, self._policy.queue, self.span.get_span_context(), carried
-        )
+            self.name, self.feed, self._policy.queue, self.span.get_span_context(), carried,
+            self.attempts,
+        )  # fmt: skip
 
     def _id(self) -> str:
         if self._letter_id is None:

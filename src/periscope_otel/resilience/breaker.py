@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from contextlib import suppress
 from contextvars import ContextVar, Token
-from dataclasses import replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
-from periscope_otel import guard
-from periscope_otel.failure import Failure, classify
 from periscope_otel.resilience.breakers import Breakers, renew_in_children
-from periscope_otel.resilience.circuit import OUTCOMES, REJECTED, Circuit
+from periscope_otel.resilience.circuit import OUTCOMES, REJECTED, Circuit, listeners_of_all
 from periscope_otel.resilience.errors import CircuitOpenError
-from periscope_otel.resilience.transition import BUSY, BreakerView
+from periscope_otel.resilience.telling import tell
+from periscope_otel.resilience.transition import BreakerView
+from periscope_otel.telemetry.breaker_instruments import source
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -132,20 +131,6 @@ class Breaker(Circuit):
     def refusal(self) -> CircuitOpenError:
         """Return the error of a call that may not be made now."""
         return CircuitOpenError(self.name, self._state, self.retry_after, self._reason)
-
-    def failure_of(self, error: BaseException) -> Failure:
-        """Return what an exception means to this breaker: its `judge` is asked first."""
-        failure = classify(error)
-        judge = self.policy.judge
-        verdict = None
-        if judge is not None:
-            try:
-                verdict = judge(error)
-            except Exception:  # noqa: BLE001  (the user's predicate must not break the call)
-                guard.warn(f"judge of {self.name}", "the judge= of breaker %s raised", self.name)
-        if verdict in ("success", "failure", "ignored"):
-            return replace(failure, verdict=verdict)
-        return failure
 
     def __enter__(self) -> Permit:
         return self._enter(self.acquire())
@@ -263,21 +248,6 @@ class Breaker(Circuit):
 
     # Looking at it.
 
-    @property
-    def state(self) -> State:
-        """Its state; `open` also where the open time is over and no call has asked since."""
-        return self._state
-
-    @property
-    def retry_after(self) -> float | None:
-        """Seconds after which a call may pass; None where calls pass, or nobody can tell."""
-        state, until = self._state, self._until
-        if state == "half_open":
-            return BUSY
-        if state != "open" or until is None:
-            return None
-        return max(0.0, until - self.clock())
-
     def view(self) -> BreakerView:
         """Return everything about it at one moment."""
         with self._lock:
@@ -309,3 +279,5 @@ breakers: Final = Breakers(Breaker)
 """Those of this process."""
 
 renew_in_children(breakers)
+source.figures = breakers
+listeners_of_all.append(tell)

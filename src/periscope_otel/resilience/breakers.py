@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary, ref
 
 from periscope_otel import guard
-from periscope_otel.resilience.circuit import Circuit, listeners_of_all
+from periscope_otel.resilience.circuit import COUNTED, Circuit, listeners_of_all
 from periscope_otel.resilience.policy import DEFAULT_POLICY
 
 if TYPE_CHECKING:
@@ -149,14 +149,18 @@ class Breakers(Generic[_Made]):
 
     # Figures, for metrics.
 
-    def totals(self) -> dict[str, list[int]]:
-        """Return what calls have come to, by name: as `Circuit.counts`."""
+    def states(self) -> list[tuple[str, str]]:
+        """Return the name and the state of each breaker that is found by its name."""
+        return [(breaker.name, breaker.state) for breaker in self]
+
+    def totals(self) -> dict[str, dict[str, int]]:
+        """Return what calls have come to, by name and outcome, `rejected` among these."""
         with self._lock:
             self._fold()
             totals = {name: list(counts) for name, counts in self._past.items()}
             for tally in self._tallies:
                 _add(totals, tally.name, tally.counts)
-            return totals
+        return {name: dict(zip(COUNTED, counts, strict=True)) for name, counts in totals.items()}
 
     def transitions(self) -> dict[tuple[str, str, str], int]:
         """Return how often breakers have changed, by name, old and new state."""

@@ -13,14 +13,16 @@ from __future__ import annotations
 import random
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
 
 from periscope_otel import guard
+from periscope_otel.failure import Failure, classify
 from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.policy import DEFAULT_POLICY, BreakerPolicy, State
-from periscope_otel.resilience.transition import Transition
+from periscope_otel.resilience.transition import BUSY, Transition
 from periscope_otel.resilience.window import Window
 from periscope_otel.telemetry.worker import worker
 
@@ -29,13 +31,18 @@ if TYPE_CHECKING:
 
     from opentelemetry.trace import SpanContext
 
-    from periscope_otel.failure import Failure, Verdict
+    from periscope_otel.failure import Verdict
     from periscope_otel.resilience.transition import Asked, Grant, Sharing
 
 OUTCOMES: Final = ("success", "failure", "ignored")
 """How a call can end, for a breaker."""
+COUNTED: Final = (*OUTCOMES, "rejected")
+"""What is in `Circuit.counts`, in this order."""
 REJECTED: Final = len(OUTCOMES)
-"""Where in `Circuit.counts` the calls are that were not made."""
+"""Where in it the calls are that were not made."""
+
+MOST_TOLD: Final = 10
+"""Rejected calls a second that have a span; all are counted."""
 
 _INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
@@ -108,8 +115,8 @@ class Circuit:
     __slots__ = (
         "__weakref__", "_closed_since", "_error_type", "_failed_in_a_row", "_generation",
         "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
-        "_reason", "_state", "_successes", "_until", "_window", "clock", "counts", "name",
-        "policy", "rng", "sharing",
+        "_reason", "_second", "_state", "_successes", "_told", "_until", "_window", "clock",
+        "counts", "name", "policy", "rng", "sharing",
     )  # fmt: skip
 
     def __init__(
@@ -131,8 +138,8 @@ class Circuit:
         self.sharing: Sharing | None = None
         self._lock = threading.Lock()
         self._has_news = False
-        self.counts = [0] * (len(OUTCOMES) + 1)
-        """Calls that have ended, by outcome, and last those that were rejected."""
+        self.counts = [0] * len(COUNTED)
+        """Calls by how they ended, as in `COUNTED`."""
         self._listeners: tuple[Callable[[Transition], None], ...] = ()
         self._state: State = "closed"
         self._generation = 0
@@ -140,6 +147,7 @@ class Circuit:
         self._until: float | None = None
         self._reason: str | None = None
         self._error_type: str | None = None
+        self._second = self._told = 0
         self._clear()
         self._made()
 
@@ -156,6 +164,23 @@ class Circuit:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r} {self._state}>"
+
+    # Where it is.
+
+    @property
+    def state(self) -> State:
+        """Its state; `open` also where the open time is over and no call has asked since."""
+        return self._state
+
+    @property
+    def retry_after(self) -> float | None:
+        """Seconds after which a call may pass; None where calls pass, or nobody can tell."""
+        state, until = self._state, self._until
+        if state == "half_open":
+            return BUSY
+        if state != "open" or until is None:
+            return None
+        return max(0.0, until - self.clock())
 
     # Letting calls pass.
 
@@ -228,11 +253,33 @@ class Circuit:
         self._in_flight += 1
         return permit
 
+    def tells_of_rejection(self) -> bool:
+        """Whether this rejected call shall have a span; only so many do a second."""
+        second = int(self.clock())
+        if second != self._second:
+            self._second, self._told = second, 0
+        self._told += 1
+        return self._told <= MOST_TOLD
+
     def _reject(self) -> None:
         with self._lock:
             self.counts[REJECTED] += 1
 
     # Learning how calls end.
+
+    def failure_of(self, error: BaseException) -> Failure:
+        """Return what an exception means to this breaker: its `judge` is asked first."""
+        failure = classify(error)
+        judge = self.policy.judge
+        verdict = None
+        if judge is not None:
+            try:
+                verdict = judge(error)
+            except Exception:  # noqa: BLE001  (the user's predicate must not break the call)
+                guard.warn(f"judge of {self.name}", "the judge= of breaker %s raised", self.name)
+        if verdict in ("success", "failure", "ignored"):
+            return replace(failure, verdict=verdict)
+        return failure
 
     def _settle(self, permit: Permit, failure: Failure | None) -> bool:
         now = self.clock()

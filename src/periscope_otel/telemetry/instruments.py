@@ -19,6 +19,7 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, set_span_in_conte
 
 from periscope_otel import guard
 from periscope_otel.telemetry import names
+from periscope_otel.telemetry.breaker_instruments import create_breaker_instruments
 from periscope_otel.telemetry.callbacks import contained
 from periscope_otel.telemetry.letter_instruments import create_letter_instruments
 from periscope_otel.telemetry.series import LABEL_LIMIT, LabelSet, LabelSets, Series
@@ -118,6 +119,7 @@ class Instruments:
         ):
             create(metric.name, [contained(observe)], metric.unit, metric.description)
         create_letter_instruments(meter)
+        create_breaker_instruments(meter)
 
     def record(self, settled: Settled) -> None:
         """Take one settled operation; its duration reaches the histogram at the next drain."""

@@ -17,6 +17,14 @@ FEED_NAME: Final = "threat.feed.name"
 OUTCOME: Final = "threat.ingest.outcome"
 ERROR_TYPE: Final = "error.type"
 BREAKER_NAME: Final = "circuit_breaker.name"
+BREAKER_STATE: Final = "circuit_breaker.state"
+BREAKER_FROM: Final = "circuit_breaker.from_state"
+BREAKER_TO: Final = "circuit_breaker.to_state"
+BREAKER_CALL_OUTCOME: Final = "circuit_breaker.call.outcome"
+BREAKER_REASON: Final = "circuit_breaker.reason"
+BREAKER_OPEN_FOR: Final = "circuit_breaker.open.duration"
+BREAKER_ADOPTED: Final = "circuit_breaker.adopted"
+BREAKER_TRANSITION_SPAN: Final = "circuit_breaker.transition"
 ITEM_OUTCOME: Final = "threat.ingest.item.outcome"
 SKIP_REASON: Final = "threat.ingest.skip.reason"
 
@@ -93,6 +101,18 @@ LAST_ITEM: Final = Metric(
     "threat.ingest.feed.last_item.time",
     "s",
     "Unix time at which the feed last delivered at least one item.",
+)
+BREAKER_STATES: Final = Metric(
+    "circuit_breaker.state", "1", "1 for the state that a circuit breaker is in, 0 for the others."
+)
+BREAKER_TRANSITIONS: Final = Metric(
+    "circuit_breaker.transitions", "{transition}", "Changes of the state of circuit breakers."
+)
+BREAKER_CALLS: Final = Metric(
+    "circuit_breaker.calls", "{call}", "Calls that circuit breakers let pass, by how they ended."
+)
+BREAKER_REJECTIONS: Final = Metric(
+    "circuit_breaker.rejections", "{call}", "Calls that circuit breakers did not let pass."
 )
 INTERNAL_ERRORS: Final = Metric(
     "periscope.internal_errors", "{error}", "Errors of the plugin itself, contained by it."

@@ -1,0 +1,166 @@
+"""Generators as operations: left around each `yield`, and settled whatever ends them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+from periscope_otel import guard
+from periscope_otel.attempts import Attempts
+from periscope_otel.call_site import failure_of, finish_raised, judge
+from periscope_otel.scope import written_down
+from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+
+    from periscope_otel.call_site import CallSite, ResultPredicate
+    from periscope_otel.operation import Operation
+
+
+def wrap_generator(
+    function: Callable[..., Any], site: CallSite, result: ResultPredicate | None
+) -> Callable[..., Any]:
+    """Return the wrapper of a generator function."""
+    def monitored_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+        inner = function(*args, **kwargs)
+        operation, _keeper = _begin_generator(site.prepare(args, kwargs))
+        attempts = None if site.retry is None else Attempts(operation, site.retry)
+        step: Callable[[Any], Any] = inner.send
+        sent: Any = None
+        closing = False
+        # Whatever the consumer does to this generator is done to the user's, with the operation
+        # left around every yield. A close too is thrown in: the body may return, fail or go on.
+        while True:
+            operation.resume()
+            try:
+                item = step(sent)
+            except StopIteration as stop:
+                if result is not None:
+                    judge(operation, result, stop.value)
+                _finish_generator(operation, closing=closing)
+                return stop.value
+            except BaseException as error:
+                sent = None  # or the error's traceback would refer to the error
+                if attempts is not None and attempts.again_before_items(error):
+                    inner = function(*args, **kwargs)
+                    step = inner.send
+                    continue
+                _finish_generator(operation, error, closing=closing)
+                raise
+            attempts = None
+            operation.suspend()
+            step, sent, closing = inner.send, None, False
+            try:
+                sent = yield item
+            except GeneratorExit as error:
+                step, sent, closing = inner.throw, error, True
+            except BaseException as error:  # noqa: BLE001  (thrown in by the consumer: passed on)
+                step, sent = inner.throw, error
+
+    return monitored_generator
+
+
+def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callable[..., Any]:
+    """Return the wrapper of an async generator function."""
+    site.in_coroutine = True
+
+    async def monitored_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+        inner = function(*args, **kwargs)
+        operation, _keeper = _begin_generator(await site.prepare_async(args, kwargs))
+        attempts = None if site.retry is None else Attempts(operation, site.retry)
+        if operation.journal_waiting:
+            await written_down(operation)
+        step: Callable[[Any], Awaitable[Any]] = functools.partial(_first_step, inner)
+        sent: Any = None
+        closing = False
+        while True:
+            operation.resume()
+            try:
+                item = await step(sent)
+            except StopAsyncIteration:
+                await _finish_async_generator(operation, closing=closing)
+                return
+            except BaseException as error:
+                sent = None
+                if attempts is not None and await attempts.again_before_items_async(error):
+                    inner = function(*args, **kwargs)
+                    step = functools.partial(_first_step, inner)
+                    continue
+                await _finish_async_generator(operation, error, closing=closing)
+                raise
+            attempts = None
+            operation.suspend()
+            step, sent, closing = inner.asend, None, False
+            try:
+                sent = yield item
+            except GeneratorExit as error:
+                step, sent, closing = inner.athrow, error, True
+            except BaseException as error:  # noqa: BLE001  (thrown in by the consumer: passed on)
+                step, sent = inner.athrow, error
+
+    return monitored_async_generator
+
+
+def _first_step(inner: AsyncGenerator[Any, Any], sent: None) -> Awaitable[Any]:
+    """Start the user's async generator without telling the event loop of it.
+
+    A loop closes each generator that it knows, at its own end or when one is garbage. It shall
+    know the wrapper alone, which closes the user's: two closes at once are an error.
+    """
+    hooks = sys.get_asyncgen_hooks()
+    sys.set_asyncgen_hooks(None, _left_to_the_wrapper)
+    try:
+        return inner.asend(sent)
+    finally:
+        sys.set_asyncgen_hooks(*hooks)
+
+
+def _left_to_the_wrapper(_inner: AsyncGenerator[Any, Any]) -> None:
+    """Do nothing where an event loop would close a generator that is garbage."""
+
+
+class _Keeper:
+    """Settles the operation of a generator whose frame is thrown away without being run.
+
+    That is what becomes of a body that yields or awaits when it is told to exit.
+    """
+
+    __slots__ = ("_operation",)
+
+    def __init__(self, operation: Operation) -> None:
+        self._operation = operation
+
+    def __del__(self) -> None:
+        self._operation.abandon()
+
+
+def _begin_generator(operation: Operation) -> tuple[Operation, _Keeper]:
+    with guard.contained("worker start"):
+        worker.start()
+    return operation, _Keeper(operation)
+
+
+async def _finish_async_generator(
+    operation: Operation, error: BaseException | None = None, *, closing: bool
+) -> None:
+    _finish_generator(operation, error, closing=closing)
+    if operation.letters_waiting:
+        await operation.deliver()
+
+
+def _finish_generator(
+    operation: Operation, error: BaseException | None = None, *, closing: bool
+) -> None:
+    """Leave and settle; a closed generator may be so by a finaliser, which takes no lock."""
+    if closing and (error is None or isinstance(error, GeneratorExit)):
+        operation.leave()
+        operation.settle_later()
+    elif error is None:
+        operation.finish()
+    elif closing:
+        operation.leave()
+        operation.settle_later(failure_of(error), error)
+    else:
+        finish_raised(operation, error)

@@ -1,0 +1,231 @@
+"""Call sites that a breaker guards, and whose calls are tried again.
+
+A permit is taken before the operation begins, so that a rejected call costs little; it is settled
+as the operation settles, at the end of its span.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from opentelemetry.context import get_current
+
+from periscope_otel import guard
+from periscope_otel.call_site import CallSite, contained_call, failure_of
+from periscope_otel.operation import Operation
+from periscope_otel.resilience.breaker import Breaker, breakers
+from periscope_otel.resilience.retry import Retry
+from periscope_otel.telemetry import names
+from periscope_otel.telemetry.attributes import clean_label
+from periscope_otel.telemetry.current import current, discover
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from opentelemetry.context import Context
+    from opentelemetry.trace import Link
+    from opentelemetry.util.types import AttributeValue
+
+    from periscope_otel.call_site import PerCall
+    from periscope_otel.resilience.circuit import Permit
+    from periscope_otel.resilience.errors import CircuitOpenError
+
+    BreakerChoice: TypeAlias = str | Breaker | PerCall
+    """A breaker, its name, or a callable of the bound arguments that returns either."""
+
+
+def call_site(
+    name: str | PerCall,
+    *,
+    breaker: BreakerChoice | None = None,
+    retry: Retry | None = None,
+    **fixed: Any,
+) -> CallSite:
+    """Return what all operations begun at one place share.
+
+    Args:
+        name: The operation's name, or a callable of the bound arguments.
+        breaker: The breaker of what is called there.
+        retry: When to call again.
+        **fixed: As for `CallSite`.
+
+    Raises:
+        TypeError: If one of them is of another type.
+        ValueError: If the breaker's name is empty.
+    """
+    if breaker is None and retry is None:
+        return CallSite(name, **fixed)
+    return GuardedCallSite(name, breaker, retry, **fixed)
+
+
+class GuardedCallSite(CallSite):
+    """A call site with a breaker, or a retry policy, or both; see `call_site`."""
+
+    is_guarded = True
+
+    def __init__(
+        self,
+        name: str | PerCall,
+        breaker: BreakerChoice | None,
+        retry: Retry | None,
+        *,
+        attributes: Mapping[str, AttributeValue] | None = None,
+        **fixed: Any,
+    ) -> None:
+        if not isinstance(breaker, (str, Breaker, type(None))) and not callable(breaker):
+            raise TypeError(
+                f"breaker= takes a name, a Breaker or a callable, not {type(breaker).__name__}"
+            )
+        if retry is not None and not isinstance(retry, Retry):
+            raise TypeError(f"retry= takes a Retry, not {type(retry).__name__}")
+        self._breaker = breaker
+        if isinstance(breaker, str):
+            self._breaker = clean_label(breaker)
+            if not self._breaker:
+                raise ValueError("breaker= takes a name that is not empty")
+        self.retry = retry
+        known = breaker.name if isinstance(breaker, Breaker) else self._breaker
+        if isinstance(known, str):
+            attributes = {**(attributes or {}), names.BREAKER_NAME: known}
+        super().__init__(name, attributes=attributes, **fixed)
+        self._is_plain = False
+
+    def prepare(
+        self,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        parent: Context | None = None,
+        links: Sequence[Link] | None = None,
+    ) -> Operation:
+        """Begin an operation without making it the current one; see `CallSite`.
+
+        Raises:
+            CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
+        """
+        breaker = self._breaker_of(args, kwargs)
+        if breaker is None:
+            return super().prepare(args, kwargs, parent, links)
+        try:
+            permit = breaker.allow()
+        except Exception as own_error:  # noqa: BLE001  (the call goes on without the breaker)
+            guard.report("breaker", own_error)
+            return super().prepare(args, kwargs, parent, links)
+        if permit is None:
+            error, _ = self._refused(breaker, args, kwargs, parent, links)
+            raise error
+        return self._admitted(breaker, permit, args, kwargs, parent, links)
+
+    async def prepare_async(
+        self,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        parent: Context | None = None,
+        links: Sequence[Link] | None = None,
+    ) -> Operation:
+        """Begin an operation as `prepare` does, without holding the event loop up.
+
+        Raises:
+            CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
+        """
+        breaker = self._breaker_of(args, kwargs)
+        if breaker is None:
+            return super().prepare(args, kwargs, parent, links)
+        try:
+            permit = await breaker.allow_async()
+        except Exception as own_error:  # noqa: BLE001  (the call goes on without the breaker)
+            guard.report("breaker", own_error)
+            return super().prepare(args, kwargs, parent, links)
+        if permit is None:
+            error, operation = self._refused(breaker, args, kwargs, parent, links)
+            if operation is not None and operation.letters_waiting:
+                await operation.deliver()
+            raise error
+        return self._admitted(breaker, permit, args, kwargs, parent, links)
+
+    def _admitted(
+        self,
+        breaker: Breaker,
+        permit: Permit,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        parent: Context | None,
+        links: Sequence[Link] | None,
+    ) -> Operation:
+        operation = self._make(args, kwargs)
+        operation.permit = permit
+        operation.breaker = breaker
+        self._start(operation, args, kwargs, parent, links)
+        return operation
+
+    def _refused(
+        self,
+        breaker: Breaker,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        parent: Context | None,
+        links: Sequence[Link] | None,
+    ) -> tuple[CircuitOpenError, Operation | None]:
+        """Count a call that is not made; with a span, unless there have been many just now."""
+        error = breaker.refusal()
+        if not breaker.tells_of_rejection() and not self._keeps_rejected:
+            with guard.contained("rejected call"):
+                self._count_rejected(breaker, args, kwargs, parent)
+            return error, None
+        operation = self._make(args, kwargs)
+        operation.breaker = breaker
+        operation.refused = True
+        self._start(operation, args, kwargs, parent, links)
+        operation.settle(failure_of(error), error)
+        return error, operation
+
+    def _count_rejected(
+        self,
+        breaker: Breaker,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        parent: Context | None,
+    ) -> None:
+        telemetry = current.telemetry or discover()
+        if telemetry is None or telemetry.inherited:
+            return
+        operation = Operation(self._name, self._feed)
+        operation.breaker = breaker
+        self._identify(operation, args, kwargs, get_current() if parent is None else parent)
+        series = telemetry.instruments.labels.series(operation.name, operation.feed)
+        telemetry.instruments.record((0.0, series, "rejected", "CircuitOpenError", None))
+
+    @property
+    def _keeps_rejected(self) -> bool:
+        return self._letters is not None and self._letters.rejected
+
+    def _identify(
+        self,
+        operation: Operation,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] | None,
+        parent: Context,
+    ) -> dict[str, AttributeValue]:
+        attributes = super()._identify(operation, args, kwargs, parent)
+        if operation.breaker is not None and names.BREAKER_NAME not in attributes:
+            attributes = {**attributes, names.BREAKER_NAME: operation.breaker.name}
+        return attributes
+
+    def _breaker_of(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None
+    ) -> Breaker | None:
+        """Return the breaker of a call; None if there is none, or it cannot be had."""
+        choice = self._breaker
+        if choice is None or isinstance(choice, Breaker):
+            return choice
+        try:
+            if isinstance(choice, str):
+                return breakers.get(choice)
+            bound = self._bind(args, kwargs or {})
+            chosen = None if bound is None else contained_call("breaker", choice, bound)
+            if isinstance(chosen, Breaker):
+                return chosen
+            name = "" if chosen is None else clean_label(chosen)
+            return breakers.get(name) if name else None
+        except Exception as error:  # noqa: BLE001
+            guard.report("breaker", error)
+            return None
