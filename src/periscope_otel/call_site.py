@@ -12,16 +12,11 @@ from opentelemetry.trace import SpanKind
 from periscope_otel import guard
 from periscope_otel.failure import Failure, classify, message_of
 from periscope_otel.lettered import Call, LetteredOperation
-from periscope_otel.operation import (
-    CANCELLED,
-    OPERATION_KEY,
-    UNOBSERVED,
-    Operation,
-    enclosing_operation,
-)
+from periscope_otel.operation import CANCELLED, Operation, enclosing_operation
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attributes, clean_label
 from periscope_otel.telemetry.current import current, discover
+from periscope_otel.telemetry.enclosing import OPERATION_KEY, UNOBSERVED
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:

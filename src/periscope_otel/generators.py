@@ -23,6 +23,7 @@ def wrap_generator(
     function: Callable[..., Any], site: CallSite, result: ResultPredicate | None
 ) -> Callable[..., Any]:
     """Return the wrapper of a generator function."""
+
     def monitored_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         inner = function(*args, **kwargs)
         operation, _keeper = _begin_generator(site.prepare(args, kwargs))

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
     BreakerChoice: TypeAlias = str | Breaker | PerCall
     """A breaker, its name, or a callable of the bound arguments that returns either."""
 
+    _Call: TypeAlias = tuple[
+        tuple[Any, ...], Mapping[str, Any] | None, Context | None, Sequence[Link] | None
+    ]
+    """What `prepare` was given."""
+
 
 def call_site(
     name: str | PerCall,
@@ -51,7 +56,6 @@ def call_site(
 
     Raises:
         TypeError: If one of them is of another type.
-        ValueError: If the breaker's name is empty.
     """
     if breaker is None and retry is None:
         return CallSite(name, **fixed)
@@ -78,11 +82,7 @@ class GuardedCallSite(CallSite):
             )
         if retry is not None and not isinstance(retry, Retry):
             raise TypeError(f"retry= takes a Retry, not {type(retry).__name__}")
-        self._breaker = breaker
-        if isinstance(breaker, str):
-            self._breaker = clean_label(breaker)
-            if not self._breaker:
-                raise ValueError("breaker= takes a name that is not empty")
+        self._breaker = (clean_label(breaker) or None) if isinstance(breaker, str) else breaker
         self.retry = retry
         known = breaker.name if isinstance(breaker, Breaker) else self._breaker
         if isinstance(known, str):
@@ -111,9 +111,9 @@ class GuardedCallSite(CallSite):
             guard.report("breaker", own_error)
             return super().prepare(args, kwargs, parent, links)
         if permit is None:
-            error, _ = self._refused(breaker, args, kwargs, parent, links)
+            error, _ = self._refused(breaker, (args, kwargs, parent, links))
             raise error
-        return self._admitted(breaker, permit, args, kwargs, parent, links)
+        return self._begun(breaker, permit, (args, kwargs, parent, links))
 
     async def prepare_async(
         self,
@@ -136,58 +136,35 @@ class GuardedCallSite(CallSite):
             guard.report("breaker", own_error)
             return super().prepare(args, kwargs, parent, links)
         if permit is None:
-            error, operation = self._refused(breaker, args, kwargs, parent, links)
+            error, operation = self._refused(breaker, (args, kwargs, parent, links))
             if operation is not None and operation.letters_waiting:
                 await operation.deliver()
             raise error
-        return self._admitted(breaker, permit, args, kwargs, parent, links)
+        return self._begun(breaker, permit, (args, kwargs, parent, links))
 
-    def _admitted(
-        self,
-        breaker: Breaker,
-        permit: Permit,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        parent: Context | None,
-        links: Sequence[Link] | None,
-    ) -> Operation:
-        operation = self._make(args, kwargs)
-        operation.permit = permit
-        operation.breaker = breaker
-        self._start(operation, args, kwargs, parent, links)
+    def _begun(self, breaker: Breaker, permit: Permit | None, call: _Call) -> Operation:
+        operation = self._make(*call[:2])
+        operation.breaker, operation.permit = breaker, permit
+        operation.refused = permit is None
+        self._start(operation, *call)
         return operation
 
-    def _refused(
-        self,
-        breaker: Breaker,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        parent: Context | None,
-        links: Sequence[Link] | None,
-    ) -> tuple[CircuitOpenError, Operation | None]:
+    def _refused(self, breaker: Breaker, call: _Call) -> tuple[CircuitOpenError, Operation | None]:
         """Count a call that is not made; with a span, unless there have been many just now."""
         error = breaker.refusal()
         if not breaker.tells_of_rejection() and not self._keeps_rejected:
             with guard.contained("rejected call"):
-                self._count_rejected(breaker, args, kwargs, parent)
+                self._count_rejected(breaker, call)
             return error, None
-        operation = self._make(args, kwargs)
-        operation.breaker = breaker
-        operation.refused = True
-        self._start(operation, args, kwargs, parent, links)
+        operation = self._begun(breaker, None, call)
         operation.settle(failure_of(error), error)
         return error, operation
 
-    def _count_rejected(
-        self,
-        breaker: Breaker,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any] | None,
-        parent: Context | None,
-    ) -> None:
+    def _count_rejected(self, breaker: Breaker, call: _Call) -> None:
         telemetry = current.telemetry or discover()
         if telemetry is None or telemetry.inherited:
             return
+        args, kwargs, parent, _ = call
         operation = Operation(self._name, self._feed)
         operation.breaker = breaker
         self._identify(operation, args, kwargs, get_current() if parent is None else parent)

@@ -11,7 +11,7 @@ import contextvars
 import time
 from typing import TYPE_CHECKING, Any, overload
 
-from opentelemetry.context import Context, attach, create_key, detach, get_current
+from opentelemetry.context import Context, attach, detach, get_current
 from opentelemetry.trace import (
     INVALID_SPAN,
     Link,
@@ -37,6 +37,7 @@ from periscope_otel.redaction import clean_name, redact
 from periscope_otel.resilience.awaiting import GUARDED_KEY, await_end, settle_awaiting
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attribute
+from periscope_otel.telemetry.enclosing import OPERATION_KEY, UNOBSERVED
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -51,15 +52,6 @@ if TYPE_CHECKING:
     from periscope_otel.telemetry.series import Series
 
     _Item = TypeVar("_Item")
-
-OPERATION_KEY = create_key("periscope-operation")
-"""The context key of the enclosing operation."""
-
-UNOBSERVED: contextvars.ContextVar[Operation | None] = contextvars.ContextVar(
-    "periscope-unobserved", default=None
-)
-"""The current operation where there is no SDK, and so no span that it would have to travel with:
-a variable costs a fifth of a new OpenTelemetry context."""
 
 SPAN_KEY = next(iter(set_span_in_context(INVALID_SPAN, Context())))
 """The API's own context key of the current span, learnt from its public setter: with it one copy

@@ -16,9 +16,9 @@ from opentelemetry import metrics, trace
 from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use, options_of
 from periscope_otel.operation import Operation
+from periscope_otel.report import ExportReport, SignalReport
 from periscope_otel.resilience.breaker import breakers as all_breakers
 from periscope_otel.resilience.pausing import resumed, shutting_down
-from periscope_otel.report import ExportReport, SignalReport
 from periscope_otel.settings import Settings, differences, load
 from periscope_otel.telemetry import pipeline
 from periscope_otel.telemetry.current import (

@@ -80,7 +80,7 @@ class BreakerPolicy:
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
-            _check_number(name, getattr(self, name), low, high, whole=name in _WHOLE)
+            check_number(name, getattr(self, name), low, high, whole=name in _WHOLE)
         if self.longest_open < self.open_time:
             raise ValueError(
                 f"longest_open={self.longest_open}: expected at least open_time ({self.open_time})"
@@ -128,7 +128,20 @@ _WHOLE: Final = ("minimum_calls", "consecutive_failures", "probes", "successes")
 _MAY_BE_NONE: Final = ("consecutive_failures", "slow_threshold")
 
 
-def _check_number(name: str, value: object, low: float, high: float, *, whole: bool) -> None:
+def check_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:
+    """Raise unless a setting is a number, or None where it may be, in its range.
+
+    Args:
+        name: What the setting is called.
+        value: What it is set to.
+        low: The least that it may be.
+        high: The most.
+        whole: Whether it has to be a whole number.
+
+    Raises:
+        ValueError: If it is out of its range; the message names it and what fits.
+        TypeError: If it is of another type.
+    """
     if value is None and name in _MAY_BE_NONE:
         return
     fitting = (int,) if whole else (int, float)

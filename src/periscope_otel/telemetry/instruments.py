@@ -97,6 +97,8 @@ class Instruments:
         self._received: dict[Series, int] = {}
         self._converted: dict[Series, int] = {}
         self._items_settled: dict[LabelSet, int] = {}
+        self._retries_lock = threading.Lock()
+        self._retries: dict[LabelSet, int] = {}
 
     def _create(self, meter: Meter) -> None:
         self._duration = meter.create_histogram(
@@ -109,6 +111,7 @@ class Instruments:
         # an SDK calls all callbacks before it reads the histogram.
         for create, metric, observe in (
             (meter.create_observable_up_down_counter, names.ACTIVE, self._observe_active),
+            (meter.create_observable_counter, names.RETRIES, self._observe_retries),
             (meter.create_observable_counter, names.RECEIVED, self._observe_received),
             (meter.create_observable_counter, names.CONVERTED, self._observe_converted),
             (meter.create_observable_counter, names.SETTLED, self._observe_settled),
@@ -132,6 +135,12 @@ class Instruments:
         if waiting >= DRAIN_BATCH and not self._drain_requested:
             self._drain_requested = True
             worker.post(self.drain)
+
+    def count_retry(self, series: Series, error_type: str | None) -> None:
+        """Add a retry, by the error that it follows."""
+        labels = self.labels.admit(self._retries, (series, "retry", error_type))
+        with self._retries_lock:
+            self._retries[labels] = self._retries.get(labels, 0) + 1
 
     def count_items(self, series: Series, *, received: int = 0, converted: int = 0) -> None:
         """Add items that an operation received or converted."""
@@ -234,6 +243,16 @@ class Instruments:
             if series is not None:
                 active[series] = active.get(series, 0) + 1
         return [Observation(count, series.attributes()) for series, count in active.items()]
+
+    def _observe_retries(self) -> Iterator[Observation]:
+        with self._retries_lock:
+            counted = list(self._retries.items())
+        for (series, _, error_type), count in counted:
+            if count:
+                attributes = series.attributes()
+                if error_type is not None:
+                    attributes[names.ERROR_TYPE] = error_type
+                yield Observation(count, attributes)
 
     def _observe_received(self) -> Iterable[Observation]:
         return self._observe_by_series(self._received)

@@ -54,6 +54,12 @@ DEAD_LETTER_COUNT: Final = "dead_letter.count"
 DEAD_LETTER_OUTCOME: Final = "dead_letter.outcome"
 DEAD_LETTER_REASON: Final = "dead_letter.reason"
 
+# Retries: the event on the span of what is tried again, and its attributes.
+RETRY_EVENT: Final = "retry"
+RETRY_ATTEMPT: Final = "retry.attempt"
+RETRY_WAIT: Final = "retry.wait"
+RETRY_REASON: Final = "retry.reason"
+
 # Attributes of the plugin's own metrics.
 COMPONENT: Final = "periscope.component"
 SIGNAL: Final = "periscope.signal"
@@ -80,6 +86,11 @@ ACTIVE: Final = Metric(
     "threat.ingest.operation.active",
     "{operation}",
     "Ingest operations that have begun and not yet settled.",
+)
+RETRIES: Final = Metric(
+    "threat.ingest.operation.retries",
+    "{retry}",
+    "Attempts after the first, by the error of the attempt before.",
 )
 RECEIVED: Final = Metric(
     "threat.ingest.items.received", "{item}", "Items that ingest operations received."
