@@ -23,6 +23,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 from periscope_otel.dead_letter.in_use import in_use
 from periscope_otel.items import ItemAccount
 from periscope_otel.resilience.breaker import breakers
+from periscope_otel.resilience.budget import forget_budgets
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.current import current, telemetry_on
 from periscope_otel.telemetry.letter_counts import letter_counts
@@ -275,7 +276,7 @@ def capture_telemetry(
     """Capture what operations emit in the block, with providers of its own, and their dead letters.
 
     Global providers see nothing of it, and it sees nothing of them. Breakers that are only named
-    are new ones. It is for one test at a time:
+    are new ones, and so are the budgets of retries. It is for one test at a time:
     operations of other threads are captured too.
 
     Args:
@@ -291,10 +292,12 @@ def capture_telemetry(
     before = current.capture(telemetry)
     box, box_before = _CapturedLetters(), in_use.captured
     in_use.captured = box
+    forget_budgets()
     try:
         with letter_counts.set_aside(), breakers.set_aside():
             yield CapturedTelemetry(exporter, reader, box)
     finally:
+        forget_budgets()
         in_use.captured = box_before
         current.release(telemetry, before)
         worker.finish_posted(_WAIT)

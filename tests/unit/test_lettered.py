@@ -851,13 +851,24 @@ def test_a_call_that_asks_to_exit_with_success_is_no_letter(captured_telemetry):
 )
 def test_rejected_calls_are_letters_if_that_was_asked_for(options, kept, captured_telemetry):
     """A call that was not made fails no payload, unless that is asked for; no journal keeps it."""
+    breaker = periscope.Breaker("rejecting")
+    breaker.force_open()
+    with pytest.raises(periscope.CircuitOpenError):
+        _function(list, dead_letter=True, breaker=breaker, **options)("a")
+    assert [one.error_type for one in captured_telemetry.letters] == ["CircuitOpenError"] * kept
+    assert not captured_telemetry.journal
+
+
+@pytest.mark.parametrize("options", [{}, {"dead_letter_rejected": True}, {"journal": True}])
+def test_a_call_in_which_another_was_rejected_is_a_letter(options, captured_telemetry):
+    """A call that was made and met a rejection half-way may be half done: its payload is kept."""
 
     def body() -> None:
         raise RefusedError
 
     with pytest.raises(RefusedError):
         _function(body, dead_letter=True, **options)("a")
-    assert [one.error_type for one in captured_telemetry.letters] == ["RefusedError"] * kept
+    assert [one.error_type for one in captured_telemetry.letters] == ["RefusedError"]
     assert not captured_telemetry.journal
 
 

@@ -27,6 +27,9 @@ DEFAULTS = {
     "dead_letter_file_limit": 1 << 30,
     "dead_letter_headers": (),
     "jaeger_url": None,
+    "breaker_sharing": True,
+    "breaker_spans": None,
+    "record_client_spans": False,
 }
 
 
@@ -62,6 +65,9 @@ def test_defaults():
         ("dead_letter_file_limit", 1 << 20, "1048576", 1 << 20),
         ("dead_letter_headers", ["tenant", "case"], "tenant, case", ("tenant", "case")),
         ("jaeger_url", "http://j:16686", "http://j:16686", "http://j:16686"),
+        ("breaker_sharing", False, "off", False),
+        ("breaker_spans", True, "yes", True),
+        ("record_client_spans", True, "1", True),
     ],
 )
 def test_keyword_and_variable_are_read_alike(name, given_value, text, expected):
