@@ -286,9 +286,9 @@ class Circuit:
             return "consecutive_failures"
         if window.calls < policy.minimum_calls:
             return None
-        if window.failures >= policy.failure_rate * window.calls:
+        if window.failures / window.calls >= policy.failure_rate:  # exact, unlike the product
             return "failure_rate"
-        if policy.slow_threshold is not None and window.slow >= policy.slow_rate * window.calls:
+        if policy.slow_threshold is not None and window.slow / window.calls >= policy.slow_rate:
             return "slow_rate"
         return None
 
