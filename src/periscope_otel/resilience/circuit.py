@@ -331,16 +331,20 @@ class Circuit:
             self._window.clear()
             self._failed_in_a_row = 0
             return
-        open_for = held if reason == "rate_limit" else max(self._next_open_time(now), held)
+        self._forgive(now)
+        open_for = held if reason == "rate_limit" else max(self._next_open_time(), held)
         self._until = now + open_for
         self._move("open", reason, now, permit=permit, open_for=open_for)
 
-    def _next_open_time(self, now: float) -> float:
-        """Return for how long to open: twice as long each time, unless it was healthy between."""
-        policy = self.policy
+    def _forgive(self, now: float) -> None:
+        """Count fewer openings the longer it was closed."""
         if self._state == "closed":
             healthy = now - self._closed_since
-            self._openings = max(0, self._openings - int(healthy / policy.decay))
+            self._openings = max(0, self._openings - int(healthy / self.policy.decay))
+
+    def _next_open_time(self) -> float:
+        """Return for how long to open: twice as long each time."""
+        policy = self.policy
         seconds = min(policy.open_time * 2.0**self._openings, policy.longest_open)
         self._openings = min(self._openings + 1, 60)
         return seconds * (1 + policy.jitter * (2 * self.rng() - 1))
