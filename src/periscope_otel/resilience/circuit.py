@@ -61,7 +61,7 @@ class Permit:
     def __init__(self, breaker: Circuit, generation: int, now: float) -> None:
         self.breaker = breaker
         self.generation = generation
-        self._running_since = now
+        self._running_since: float | None = now
         self._seconds = 0.0
         self.lease: str | None = None
         """The lease of a probe that other processes know of."""
@@ -79,16 +79,18 @@ class Permit:
 
     def pause(self) -> None:
         """Stop its time: a generator is at a `yield`, and the consumer has the word."""
-        self._seconds = self.seconds(now := self.breaker.clock())
-        self._running_since = now
+        self._seconds = self.seconds(self.breaker.clock())
+        self._running_since = None
 
     def resume(self) -> None:
         """Let its time run again."""
-        self._running_since = self.breaker.clock()
+        if self._running_since is None:
+            self._running_since = self.breaker.clock()
 
     def seconds(self, now: float) -> float:
         """Return how long the call has taken by `now`."""
-        return self._seconds + now - self._running_since
+        since = self._running_since
+        return self._seconds if since is None else self._seconds + now - since
 
     def settle(self, failure: Failure | None = None) -> bool:
         """Say how the call ended; only the first time counts.
