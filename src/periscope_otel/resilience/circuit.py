@@ -108,8 +108,8 @@ class Circuit:
     """What a `Breaker` is in itself; see there for its arguments."""
 
     __slots__ = (
-        "__weakref__", "_closed_since", "_error_type", "_failed_in_a_row", "_generation",
-        "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
+        "__weakref__", "_closed_since", "_failed_in_a_row", "_generation", "_has_news",
+        "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
         "_reason", "_state", "_successes", "_until", "_window", "clock", "counts", "name",
         "policy", "rng", "sharing",
     )  # fmt: skip
@@ -141,7 +141,6 @@ class Circuit:
         self._openings = 0
         self._until: float | None = None
         self._reason: str | None = None
-        self._error_type: str | None = None
         self._clear()
         self._made()
 
@@ -273,7 +272,6 @@ class Circuit:
                     return
             elif verdict == "failure":
                 self._failed_in_a_row += 1
-                self._error_type = failure.error_type
             else:
                 self._failed_in_a_row = 0
         window = self._window
@@ -324,10 +322,10 @@ class Circuit:
         policy = self.policy
         asked_for = 0.0 if failure is None else failure.retry_after or 0.0
         held = min(asked_for, policy.longest_hold)
-        self._error_type = None if failure is None else failure.error_type
+        error_type = None if failure is None else failure.error_type
         if self._state == "observe":
             self._say(Transition(
-                self.name, "observe", "open", reason, error_type=self._error_type,
+                self.name, "observe", "open", reason, error_type=error_type,
                 would_be=True, span_context=permit.span_context or _current_span(),
             ))  # fmt: skip
             self._window.clear()
@@ -336,7 +334,7 @@ class Circuit:
         self._forgive(now)
         open_for = held if reason == "rate_limit" else max(self._next_open_time(), held)
         self._until = now + open_for
-        self._move("open", reason, now, permit=permit, open_for=open_for)
+        self._move("open", reason, now, permit=permit, open_for=open_for, error_type=error_type)
 
     def _forgive(self, now: float) -> None:
         """Count fewer openings the longer it was closed."""
@@ -361,6 +359,7 @@ class Circuit:
         *,
         permit: Permit | None = None,
         open_for: float | None = None,
+        error_type: str | None = None,
         adopted: bool = False,
     ) -> None:
         before = self._state
@@ -373,14 +372,13 @@ class Circuit:
             self._closed_since = now
         if to not in ("open", "half_open"):
             self._until = None
-            self._error_type = None
         if to != "half_open":
             self._reason = None if to == "closed" else reason
         self._window.clear()
         if before != to:
             context = None if permit is None else permit.span_context or _current_span()
             self._say(Transition(
-                self.name, before, to, reason, open_for, self._error_type, self._openings,
+                self.name, before, to, reason, open_for, error_type, self._openings,
                 adopted=adopted, span_context=context,
             ))  # fmt: skip
 
