@@ -39,6 +39,7 @@ REJECTED: Final = len(OUTCOMES)
 
 _INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
+_BY_HAND: Final[frozenset[State]] = frozenset({"forced_open", "disabled", "observe"})
 
 listeners_of_all: Final[list[Callable[[Transition], None]]] = []
 """Those that are told of the transitions of every breaker."""
@@ -404,17 +405,19 @@ class Circuit:
     # What other processes have found, and forks.
 
     def adopt(self, state: State, *, reason: str, open_for: float = 0.0, openings: int = 0) -> None:
-        """Take over the verdict of another process.
+        """Take over the verdict of another process, unless this one was set by hand.
 
         Args:
             state: The state to be in.
-            reason: Why.
+            reason: Why; `manual` counts also where this one was set by hand.
             open_for: Seconds until a probe may pass, where it is open.
             openings: How many times in a row it has opened.
         """
         with self._lock:
-            now = self.clock()
-            before, self._openings = self._state, openings
+            now, before = self.clock(), self._state
+            if before in _BY_HAND and reason != "manual":
+                return
+            self._openings = openings
             if state == "open":
                 self._until = now + open_for
             if state != before:
