@@ -109,7 +109,8 @@ class Circuit:
     """What a `Breaker` is in itself; see there for its arguments."""
 
     __slots__ = (
-        "__weakref__", "_closed_since", "_failed_in_a_row", "_generation", "_has_news",
+        "__weakref__", "_closed_since", "_failed_in_a_row", "_first_generation", "_generation",
+        "_has_news",
         "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
         "_reason", "_state", "_successes", "_until", "_window", "clock", "counts", "name",
         "policy", "rng", "sharing",
@@ -138,7 +139,7 @@ class Circuit:
         """Calls that have ended, by outcome, and last those that were rejected."""
         self._listeners: tuple[Callable[[Transition], None], ...] = ()
         self._state: State = "closed"
-        self._generation = 0
+        self._generation = self._first_generation = 0
         self._openings = 0
         self._until: float | None = None
         self._reason: str | None = None
@@ -224,7 +225,7 @@ class Circuit:
         if len(leases) >= self.policy.probes:
             expired = min(leases, key=leases.__getitem__)
             del leases[expired]  # what it may still bring changes nothing
-            expired.generation = -1
+            expired.generation = ~expired.generation  # below zero: never the present one
         permit = Permit(self, self._generation, now)
         leases[permit] = now + self.policy.lease
         self._in_flight += 1
@@ -243,6 +244,8 @@ class Circuit:
                 return False
             verdict = "success" if failure is None else failure.verdict
             permit.outcome = verdict
+            if permit.generation != self._generation and self._is_of_the_parent(permit):
+                return True
             self._in_flight -= 1
             self.counts[_INDEX[verdict]] += 1
             if permit.generation == self._generation:
@@ -252,6 +255,11 @@ class Circuit:
         if self._has_news:
             self._announce()
         return True
+
+    def _is_of_the_parent(self, permit: Permit) -> bool:
+        """Whether the parent of a fork has given it out, and counts it."""
+        given_in = max(permit.generation, ~permit.generation)
+        return given_in < self._first_generation
 
     def _judge(self, permit: Permit, verdict: Verdict, failure: Failure | None, now: float) -> None:
         """Take a result of this generation into account; the lock is held."""
@@ -429,6 +437,7 @@ class Circuit:
         """Begin anew in the child of a fork, in the state that the parent's was in."""
         self._lock = threading.Lock()
         self._generation += 1
+        self._first_generation = self._generation
         self._clear()
 
 
