@@ -5,7 +5,8 @@ what comes back late changes nothing. In the half-open state permits are leases:
 out at a time, and one that is never settled makes room after a while.
 
 There is no timer: what has been open for long enough becomes half open when the next call asks. The
-lock is held for a few lines at a time, never while the caller's code runs, or that of listeners.
+lock is held for a few lines at a time, never while the caller's code runs, or that of listeners. It
+is reentrant: a collection may run in those lines, and end a generator that is in `with breaker`.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class Circuit:
         self.clock = clock
         self.rng = rng
         self.sharing: Sharing | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._has_news = False
         self.counts = [0] * (len(OUTCOMES) + 1)
         """Calls that have ended, by outcome, and last those that were rejected."""
@@ -224,7 +225,7 @@ class Circuit:
         leases = self._leases = self._leases or {}
         if len(leases) >= self.policy.probes:
             expired = min(leases, key=leases.__getitem__)
-            del leases[expired]  # what it may still bring changes nothing
+            leases.pop(expired, None)  # what it may still bring changes nothing
             expired.generation = ~expired.generation  # below zero: never the present one
         permit = Permit(self, self._generation, now)
         leases[permit] = now + self.policy.lease
@@ -435,7 +436,7 @@ class Circuit:
 
     def after_fork(self) -> None:
         """Begin anew in the child of a fork, in the state that the parent's was in."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._generation += 1
         self._first_generation = self._generation
         self._clear()
