@@ -273,7 +273,8 @@ class Breaker(Circuit):
         """Seconds after which a call may pass; None where calls pass, or nobody can tell."""
         state, until = self._state, self._until
         if state == "half_open":
-            return BUSY
+            with self._lock:
+                return 0.0 if self._has_room(self.clock()) else BUSY
         if state != "open" or until is None:
             return None
         return max(0.0, until - self.clock())

@@ -172,16 +172,17 @@ class Circuit:
             return Permit(self, self._generation, now)
 
     def _may_probe(self, now: float) -> bool:
-        """Whether this call may be a probe; looked at without the lock, and once more with it."""
-        if self._state == "open":
-            return self._until is None or now >= self._until
-        return self._state == "half_open" and self._has_room(now)
+        """Whether this call may be a probe, or pass by now; looked at once more in `_lease`."""
+        with self._lock:
+            if self._state == "open":
+                return self._until is None or now >= self._until
+            return self._state in _PASSING or (self._state == "half_open" and self._has_room(now))
 
     def _has_room(self, now: float) -> bool:
         leases = self._leases
         if leases is None or len(leases) < self.policy.probes:
             return True
-        return any(now >= expires for expires in tuple(leases.values()))
+        return any(now >= expires for expires in leases.values())
 
     def _ask(self) -> Asked | None:
         """Ask the other processes, if there are any and they answer."""
@@ -194,19 +195,13 @@ class Circuit:
 
     def _probe(self, now: float, asked: Asked | None, grant: Grant | None) -> Permit | None:
         """Return a permit for a probe, where the others let it or do not answer."""
-        if asked is not None and grant is None and self.policy.probe_wait == 0:
-            self._reject()
-            return None
-        lease = None if grant is None else grant.lease
-        if grant is not None and lease is None:
-            self._reject()
-            return None
+        if grant is None:
+            lease, granted = None, asked is None or self.policy.probe_wait > 0
+        else:
+            lease, granted = grant.lease, grant.lease is not None
         with self._lock:
-            if self._state in _PASSING:  # it was closed meanwhile
-                self._in_flight += 1
-                permit: Permit | None = Permit(self, self._generation, now)
-            else:
-                permit = self._lease(now)
+            passes = granted or self._state in _PASSING  # it was closed meanwhile
+            permit = self._lease(now) if passes else None
             if permit is None:
                 self.counts[REJECTED] += 1
             elif lease is not None:
@@ -217,7 +212,10 @@ class Circuit:
         return permit
 
     def _lease(self, now: float) -> Permit | None:
-        """Return a permit that is a lease, in the half-open state; the lock is held."""
+        """Return a permit that is a lease where it has to be one; the lock is held."""
+        if self._state in _PASSING:
+            self._in_flight += 1
+            return Permit(self, self._generation, now)
         if self._state == "open" and (self._until is None or now >= self._until):
             self._move("half_open", "probing", now)
         if self._state != "half_open" or not self._has_room(now):
