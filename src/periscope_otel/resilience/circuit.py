@@ -241,7 +241,9 @@ class Circuit:
         with self._lock:
             if permit.outcome is not None:
                 return False
-            verdict = "success" if failure is None else failure.verdict
+            verdict: Verdict = "success" if failure is None else failure.verdict
+            if verdict not in OUTCOMES:  # an exception that answers for itself may say anything
+                verdict = "failure"
             permit.outcome = verdict
             if permit.generation != self._generation and self._is_of_the_parent(permit):
                 return True
@@ -305,10 +307,18 @@ class Circuit:
         if failure.reason == "auth" and failure.verdict == "failure" and self.policy.open_on_auth:
             self._open("auth", now, permit, failure)
             return True
-        if failure.reason == "rate_limit" and failure.retry_after and failure.verdict == "ignored":
+        limited = failure.reason == "rate_limit" and failure.verdict == "ignored"
+        if limited and self._asked_for(failure) > 0:
             self._open("rate_limit", now, permit, failure)
             return True
         return False
+
+    def _asked_for(self, failure: Failure | None) -> float:
+        """Return the seconds of a Retry-After, as far as it is one and we follow it."""
+        asked = None if failure is None else failure.retry_after
+        if isinstance(asked, (int, float)) and asked > 0:  # false for NaN too
+            return min(asked, self.policy.longest_hold)
+        return 0.0
 
     def _judge_probe(
         self, permit: Permit, verdict: Verdict, failure: Failure | None, now: float, *, slow: bool
@@ -327,9 +337,7 @@ class Circuit:
                 self._move("closed", "recovered", now, permit=permit)
 
     def _open(self, reason: str, now: float, permit: Permit, failure: Failure | None) -> None:
-        policy = self.policy
-        asked_for = 0.0 if failure is None else failure.retry_after or 0.0
-        held = min(asked_for, policy.longest_hold)
+        held = self._asked_for(failure)
         error_type = None if failure is None else failure.error_type
         if self._state == "observe":
             self._say(Transition(
