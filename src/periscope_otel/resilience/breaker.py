@@ -77,7 +77,10 @@ class Breaker(Circuit):
             self._reject()
             return None
         asked = self._ask()
-        grant = None if asked is None else asked.wait(self.policy.probe_wait)
+        grant = None
+        if asked is not None:
+            with guard.contained("breaker sharing"):
+                grant = asked.wait(self.policy.probe_wait)
         return self._probe(now, asked, grant)
 
     async def allow_async(self) -> Permit | None:
@@ -90,7 +93,10 @@ class Breaker(Circuit):
             self._reject()
             return None
         asked = self._ask()
-        grant = None if asked is None else await asked.wait_async(self.policy.probe_wait)
+        grant = None
+        if asked is not None:
+            with guard.contained("breaker sharing"):
+                grant = await asked.wait_async(self.policy.probe_wait)
         return self._probe(now, asked, grant)
 
     def acquire(self) -> Permit:

@@ -206,8 +206,8 @@ class Circuit:
                 self.counts[REJECTED] += 1
             elif lease is not None:
                 permit.lease = lease
-        if permit is None and lease is not None and self.sharing is not None:
-            self.sharing.settled(self, lease, "ignored")
+        if permit is None and lease is not None:
+            self._give_back(lease, "ignored")
         self._announce()
         return permit
 
@@ -230,6 +230,11 @@ class Circuit:
         self._in_flight += 1
         return permit
 
+    def _give_back(self, lease: str, outcome: str) -> None:
+        if self.sharing is not None:
+            with guard.contained("breaker sharing"):
+                self.sharing.settled(self, lease, outcome)
+
     def _reject(self) -> None:
         with self._lock:
             self.counts[REJECTED] += 1
@@ -251,8 +256,8 @@ class Circuit:
             self.counts[_INDEX[verdict]] += 1
             if permit.generation == self._generation:
                 self._judge(permit, verdict, failure, now)
-        if permit.lease is not None and self.sharing is not None:
-            self.sharing.settled(self, permit.lease, permit.outcome)
+        if permit.lease is not None:
+            self._give_back(permit.lease, permit.outcome)
         if self._has_news:
             self._announce()
         return True
@@ -401,7 +406,8 @@ class Circuit:
     def _say(self, transition: Transition) -> None:
         # Into queues and no further: in this order, whichever thread comes first after the lock.
         if self.sharing is not None and not transition.adopted and not transition.would_be:
-            self.sharing.moved(self, transition)
+            with guard.contained("breaker sharing"):
+                self.sharing.moved(self, transition)
         worker.post(lambda: self._tell(transition))
         self._has_news = True
 
