@@ -14,6 +14,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from math import ceil, log2
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
@@ -41,6 +42,7 @@ REJECTED: Final = len(OUTCOMES)
 _INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
 _BY_HAND: Final[frozenset[State]] = frozenset({"forced_open", "disabled", "observe"})
+_MOST_OPENINGS: Final = 60  # counted in a row; by then every open time is the longest
 
 listeners_of_all: Final[list[Callable[[Transition], None]]] = []
 """Those that are told of the transitions of every breaker."""
@@ -111,8 +113,7 @@ class Circuit:
 
     __slots__ = (
         "__weakref__", "_closed_since", "_failed_in_a_row", "_first_generation", "_generation",
-        "_has_news",
-        "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
+        "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
         "_reason", "_state", "_successes", "_until", "_window", "clock", "counts", "name",
         "policy", "rng", "sharing",
     )  # fmt: skip
@@ -360,14 +361,22 @@ class Circuit:
     def _forgive(self, now: float) -> None:
         """Count fewer openings the longer it was closed."""
         if self._state == "closed":
-            healthy = now - self._closed_since
-            self._openings = max(0, self._openings - int(healthy / self.policy.decay))
+            healthy = int((now - self._closed_since) / self.policy.decay)
+            if healthy:  # what doubling ended at is halved, however often it was reached
+                self._openings = max(0, min(self._openings, self._doublings()) - healthy)
+
+    def _doublings(self) -> int:
+        """Return after how many openings in a row the open time is the longest."""
+        policy = self.policy
+        if policy.open_time <= 0:
+            return _MOST_OPENINGS
+        return min(ceil(log2(policy.longest_open / policy.open_time)), _MOST_OPENINGS)
 
     def _next_open_time(self) -> float:
         """Return for how long to open: twice as long each time."""
         policy = self.policy
         seconds = min(policy.open_time * 2.0**self._openings, policy.longest_open)
-        self._openings = min(self._openings + 1, 60)
+        self._openings = min(self._openings + 1, _MOST_OPENINGS)
         return seconds * (1 + policy.jitter * (2 * self.rng() - 1))
 
     # Changing state; the lock is held.
