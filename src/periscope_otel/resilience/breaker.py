@@ -308,10 +308,13 @@ class Breaker(Circuit):
         Returns:
             A function that ends it.
         """
-        self._listeners = (*self._listeners, listener)
+        entry = [listener]  # one of its own, also where a listener is given twice
+        with self._lock:
+            self._listeners = (*self._listeners, entry)
 
         def end() -> None:
-            self._listeners = tuple(one for one in self._listeners if one is not listener)
+            with self._lock:
+                self._listeners = tuple(one for one in self._listeners if one is not entry)
 
         return end
 

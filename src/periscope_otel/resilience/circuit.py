@@ -139,7 +139,7 @@ class Circuit:
         self._has_news = False
         self.counts = [0] * (len(OUTCOMES) + 1)
         """Calls that have ended, by outcome, and last those that were rejected."""
-        self._listeners: tuple[Callable[[Transition], None], ...] = ()
+        self._listeners: tuple[list[Callable[[Transition], None]], ...] = ()
         self._state: State = "closed"
         self._generation = self._first_generation = 0
         self._openings = 0
@@ -428,7 +428,7 @@ class Circuit:
                 worker.start()
 
     def _tell(self, transition: Transition) -> None:
-        for listener in (*listeners_of_all, *self._listeners):
+        for listener in (*listeners_of_all, *(entry[0] for entry in self._listeners)):
             with guard.contained("breaker listener"):
                 listener(transition)
 
