@@ -6,11 +6,11 @@ ignored. How it decides is in `circuit`; here is how it is used.
 
 from __future__ import annotations
 
-from contextlib import suppress
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from functools import wraps
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
+from periscope_otel import guard
 from periscope_otel.resilience.breakers import Breakers, renew_in_children
 from periscope_otel.resilience.circuit import OUTCOMES, REJECTED, Circuit, listeners_of_all
 from periscope_otel.resilience.errors import CircuitOpenError
@@ -32,8 +32,8 @@ R = TypeVar("R")
 GUARDED: Final[ContextVar[tuple[str, ...]]] = ContextVar("periscope-guarded", default=())
 """Names of the breakers that guard what runs now by `with breaker`, outermost first."""
 
-_entered: Final[ContextVar[tuple[Any, ...]]] = ContextVar("periscope-permits", default=())
-"""The permits of the `with` blocks that this context is in, nested, the innermost outside."""
+_entered: Final[ContextVar[tuple[Permit, ...]]] = ContextVar("periscope-permits", default=())
+"""The permits of the `with` blocks that this context is in, outermost first."""
 
 
 class Breaker(Circuit):
@@ -76,7 +76,10 @@ class Breaker(Circuit):
             self._reject()
             return None
         asked = self._ask()
-        grant = None if asked is None else asked.wait(self.policy.probe_wait)
+        grant = None
+        if asked is not None:
+            with guard.contained("breaker sharing"):
+                grant = asked.wait(self.policy.probe_wait)
         return self._probe(now, asked, grant)
 
     async def allow_async(self) -> Permit | None:
@@ -89,7 +92,10 @@ class Breaker(Circuit):
             self._reject()
             return None
         asked = self._ask()
-        grant = None if asked is None else await asked.wait_async(self.policy.probe_wait)
+        grant = None
+        if asked is not None:
+            with guard.contained("breaker sharing"):
+                grant = await asked.wait_async(self.policy.probe_wait)
         return self._probe(now, asked, grant)
 
     def acquire(self) -> Permit:
@@ -141,10 +147,9 @@ class Breaker(Circuit):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        permit, token = self._leave()
-        permit.settle(None if error is None else self.failure_of(error))
-        with suppress(ValueError):  # another context: nothing to restore there
-            GUARDED.reset(token)
+        permit = self._leave()
+        if permit is not None:
+            permit.settle(None if error is None else self.failure_of(error))
 
     async def __aenter__(self) -> Permit:
         return self._enter(await self.acquire_async())
@@ -158,17 +163,23 @@ class Breaker(Circuit):
         self.__exit__(kind, error, traceback)
 
     def _enter(self, permit: Permit) -> Permit:
-        token = GUARDED.set(GUARDED.get() + self._own_name)
-        _entered.set((self, permit, token, _entered.get()))
+        _entered.set((*_entered.get(), permit))
+        GUARDED.set(GUARDED.get() + self._own_name)
         return permit
 
-    def _leave(self) -> tuple[Permit, Token[tuple[str, ...]]]:
-        """Return the innermost permit of this breaker's blocks."""
-        owner, permit, token, outer = _entered.get()
-        _entered.set(outer)
-        if owner is not self:
-            raise RuntimeError(f"{self!r} is not the innermost breaker that was entered")
-        return permit, token
+    def _leave(self) -> Permit | None:
+        """Return the permit of the innermost block of this breaker, wherever others are left.
+
+        Blocks in generators end in any order, and perhaps in another context than they began in:
+        there is no permit then, and a lease of a probe runs out.
+        """
+        permits = _entered.get()
+        for index in range(len(permits) - 1, -1, -1):
+            if permits[index].breaker is self:
+                _entered.set(permits[:index] + permits[index + 1 :])
+                GUARDED.set(_without_last(GUARDED.get(), self.name))
+                return permits[index]
+        return None
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call `function` under a permit.
@@ -267,12 +278,22 @@ class Breaker(Circuit):
         Returns:
             A function that ends it.
         """
-        self._listeners = (*self._listeners, listener)
+        entry = [listener]  # one of its own, also where a listener is given twice
+        with self._lock:
+            self._listeners = (*self._listeners, entry)
 
         def end() -> None:
-            self._listeners = tuple(one for one in self._listeners if one is not listener)
+            with self._lock:
+                self._listeners = tuple(one for one in self._listeners if one is not entry)
 
         return end
+
+
+def _without_last(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    for index in range(len(names) - 1, -1, -1):
+        if names[index] == name:
+            return names[:index] + names[index + 1 :]
+    return names
 
 
 breakers: Final = Breakers(Breaker)

@@ -5,7 +5,8 @@ what comes back late changes nothing. In the half-open state permits are leases:
 out at a time, and one that is never settled makes room after a while.
 
 There is no timer: what has been open for long enough becomes half open when the next call asks. The
-lock is held for a few lines at a time, never while the caller's code runs, or that of listeners.
+lock is held for a few lines at a time, never while the caller's code runs, or that of listeners. It
+is reentrant: a collection may run in those lines, and end a generator that is in `with breaker`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from math import ceil, log2
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
@@ -46,6 +48,8 @@ MOST_TOLD: Final = 10
 
 _INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
+_BY_HAND: Final[frozenset[State]] = frozenset({"forced_open", "disabled", "observe"})
+_MOST_OPENINGS: Final = 60  # counted in a row; by then every open time is the longest
 
 listeners_of_all: Final[list[Callable[[Transition], None]]] = []
 """Those that are told of the transitions of every breaker."""
@@ -68,7 +72,7 @@ class Permit:
     def __init__(self, breaker: Circuit, generation: int, now: float) -> None:
         self.breaker = breaker
         self.generation = generation
-        self._running_since = now
+        self._running_since: float | None = now
         self._seconds = 0.0
         self.lease: str | None = None
         """The lease of a probe that other processes know of."""
@@ -86,16 +90,18 @@ class Permit:
 
     def pause(self) -> None:
         """Stop its time: a generator is at a `yield`, and the consumer has the word."""
-        self._seconds = self.seconds(now := self.breaker.clock())
-        self._running_since = now
+        self._seconds = self.seconds(self.breaker.clock())
+        self._running_since = None
 
     def resume(self) -> None:
         """Let its time run again."""
-        self._running_since = self.breaker.clock()
+        if self._running_since is None:
+            self._running_since = self.breaker.clock()
 
     def seconds(self, now: float) -> float:
         """Return how long the call has taken by `now`."""
-        return self._seconds + now - self._running_since
+        since = self._running_since
+        return self._seconds if since is None else self._seconds + now - since
 
     def settle(self, failure: Failure | None = None) -> bool:
         """Say how the call ended; only the first time counts.
@@ -113,7 +119,7 @@ class Circuit:
     """What a `Breaker` is in itself; see there for its arguments."""
 
     __slots__ = (
-        "__weakref__", "_closed_since", "_error_type", "_failed_in_a_row", "_generation",
+        "__weakref__", "_closed_since", "_failed_in_a_row", "_first_generation", "_generation",
         "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
         "_reason", "_second", "_state", "_successes", "_told", "_until", "_window", "clock",
         "counts", "name", "policy", "rng", "sharing",
@@ -136,17 +142,16 @@ class Circuit:
         self.clock = clock
         self.rng = rng
         self.sharing: Sharing | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._has_news = False
         self.counts = [0] * len(COUNTED)
         """Calls by how they ended, as in `COUNTED`."""
-        self._listeners: tuple[Callable[[Transition], None], ...] = ()
+        self._listeners: tuple[list[Callable[[Transition], None]], ...] = ()
         self._state: State = "closed"
-        self._generation = 0
+        self._generation = self._first_generation = 0
         self._openings = 0
         self._until: float | None = None
         self._reason: str | None = None
-        self._error_type: str | None = None
         self._second = self._told = 0
         self._clear()
         self._made()
@@ -177,7 +182,8 @@ class Circuit:
         """Seconds after which a call may pass; None where calls pass, or nobody can tell."""
         state, until = self._state, self._until
         if state == "half_open":
-            return BUSY
+            with self._lock:
+                return 0.0 if self._has_room(self.clock()) else BUSY
         if state != "open" or until is None:
             return None
         return max(0.0, until - self.clock())
@@ -193,16 +199,17 @@ class Circuit:
             return Permit(self, self._generation, now)
 
     def _may_probe(self, now: float) -> bool:
-        """Whether this call may be a probe; looked at without the lock, and once more with it."""
-        if self._state == "open":
-            return self._until is None or now >= self._until
-        return self._state == "half_open" and self._has_room(now)
+        """Whether this call may be a probe, or pass by now; looked at once more in `_lease`."""
+        with self._lock:
+            if self._state == "open":
+                return self._until is None or now >= self._until
+            return self._state in _PASSING or (self._state == "half_open" and self._has_room(now))
 
     def _has_room(self, now: float) -> bool:
         leases = self._leases
         if leases is None or len(leases) < self.policy.probes:
             return True
-        return any(now >= expires for expires in tuple(leases.values()))
+        return any(now >= expires for expires in leases.values())
 
     def _ask(self) -> Asked | None:
         """Ask the other processes, if there are any and they answer."""
@@ -215,30 +222,27 @@ class Circuit:
 
     def _probe(self, now: float, asked: Asked | None, grant: Grant | None) -> Permit | None:
         """Return a permit for a probe, where the others let it or do not answer."""
-        if asked is not None and grant is None and self.policy.probe_wait == 0:
-            self._reject()
-            return None
-        lease = None if grant is None else grant.lease
-        if grant is not None and lease is None:
-            self._reject()
-            return None
+        if grant is None:
+            lease, granted = None, asked is None or self.policy.probe_wait > 0
+        else:
+            lease, granted = grant.lease, grant.lease is not None
         with self._lock:
-            if self._state in _PASSING:  # it was closed meanwhile
-                self._in_flight += 1
-                permit: Permit | None = Permit(self, self._generation, now)
-            else:
-                permit = self._lease(now)
+            passes = granted or self._state in _PASSING  # it was closed meanwhile
+            permit = self._lease(now) if passes else None
             if permit is None:
                 self.counts[REJECTED] += 1
             elif lease is not None:
                 permit.lease = lease
-        if permit is None and lease is not None and self.sharing is not None:
-            self.sharing.settled(self, lease, "ignored")
+        if permit is None and lease is not None:
+            self._give_back(lease, "ignored")
         self._announce()
         return permit
 
     def _lease(self, now: float) -> Permit | None:
-        """Return a permit that is a lease, in the half-open state; the lock is held."""
+        """Return a permit that is a lease where it has to be one; the lock is held."""
+        if self._state in _PASSING:
+            self._in_flight += 1
+            return Permit(self, self._generation, now)
         if self._state == "open" and (self._until is None or now >= self._until):
             self._move("half_open", "probing", now)
         if self._state != "half_open" or not self._has_room(now):
@@ -246,8 +250,8 @@ class Circuit:
         leases = self._leases = self._leases or {}
         if len(leases) >= self.policy.probes:
             expired = min(leases, key=leases.__getitem__)
-            del leases[expired]  # what it may still bring changes nothing
-            expired.generation = -1
+            leases.pop(expired, None)  # what it may still bring changes nothing
+            expired.generation = ~expired.generation  # below zero: never the present one
         permit = Permit(self, self._generation, now)
         leases[permit] = now + self.policy.lease
         self._in_flight += 1
@@ -260,6 +264,11 @@ class Circuit:
             self._second, self._told = second, 0
         self._told += 1
         return self._told <= MOST_TOLD
+
+    def _give_back(self, lease: str, outcome: str) -> None:
+        if self.sharing is not None:
+            with guard.contained("breaker sharing"):
+                self.sharing.settled(self, lease, outcome)
 
     def _reject(self) -> None:
         with self._lock:
@@ -286,17 +295,26 @@ class Circuit:
         with self._lock:
             if permit.outcome is not None:
                 return False
-            verdict = "success" if failure is None else failure.verdict
+            verdict: Verdict = "success" if failure is None else failure.verdict
+            if verdict not in OUTCOMES:  # an exception that answers for itself may say anything
+                verdict = "failure"
             permit.outcome = verdict
+            if permit.generation != self._generation and self._is_of_the_parent(permit):
+                return True
             self._in_flight -= 1
             self.counts[_INDEX[verdict]] += 1
             if permit.generation == self._generation:
                 self._judge(permit, verdict, failure, now)
-        if permit.lease is not None and self.sharing is not None:
-            self.sharing.settled(self, permit.lease, permit.outcome)
+        if permit.lease is not None:
+            self._give_back(permit.lease, permit.outcome)
         if self._has_news:
             self._announce()
         return True
+
+    def _is_of_the_parent(self, permit: Permit) -> bool:
+        """Whether the parent of a fork has given it out, and counts it."""
+        given_in = max(permit.generation, ~permit.generation)
+        return given_in < self._first_generation
 
     def _judge(self, permit: Permit, verdict: Verdict, failure: Failure | None, now: float) -> None:
         """Take a result of this generation into account; the lock is held."""
@@ -318,7 +336,6 @@ class Circuit:
                     return
             elif verdict == "failure":
                 self._failed_in_a_row += 1
-                self._error_type = failure.error_type
             else:
                 self._failed_in_a_row = 0
         window = self._window
@@ -333,9 +350,9 @@ class Circuit:
             return "consecutive_failures"
         if window.calls < policy.minimum_calls:
             return None
-        if window.failures >= policy.failure_rate * window.calls:
+        if window.failures / window.calls >= policy.failure_rate:  # exact, unlike the product
             return "failure_rate"
-        if policy.slow_threshold is not None and window.slow >= policy.slow_rate * window.calls:
+        if policy.slow_threshold is not None and window.slow / window.calls >= policy.slow_rate:
             return "slow_rate"
         return None
 
@@ -344,10 +361,18 @@ class Circuit:
         if failure.reason == "auth" and failure.verdict == "failure" and self.policy.open_on_auth:
             self._open("auth", now, permit, failure)
             return True
-        if failure.reason == "rate_limit" and failure.retry_after and failure.verdict == "ignored":
+        limited = failure.reason == "rate_limit" and failure.verdict == "ignored"
+        if limited and self._asked_for(failure) > 0:
             self._open("rate_limit", now, permit, failure)
             return True
         return False
+
+    def _asked_for(self, failure: Failure | None) -> float:
+        """Return the seconds of a Retry-After, as far as it is one and we follow it."""
+        asked = None if failure is None else failure.retry_after
+        if isinstance(asked, (int, float)) and asked > 0:  # false for NaN too
+            return min(asked, self.policy.longest_hold)
+        return 0.0
 
     def _judge_probe(
         self, permit: Permit, verdict: Verdict, failure: Failure | None, now: float, *, slow: bool
@@ -366,30 +391,40 @@ class Circuit:
                 self._move("closed", "recovered", now, permit=permit)
 
     def _open(self, reason: str, now: float, permit: Permit, failure: Failure | None) -> None:
-        policy = self.policy
-        asked_for = 0.0 if failure is None else failure.retry_after or 0.0
-        held = min(asked_for, policy.longest_hold)
-        self._error_type = None if failure is None else failure.error_type
+        held = self._asked_for(failure)
+        error_type = None if failure is None else failure.error_type
         if self._state == "observe":
             self._say(Transition(
-                self.name, "observe", "open", reason, error_type=self._error_type,
+                self.name, "observe", "open", reason, error_type=error_type,
                 would_be=True, span_context=permit.span_context or _current_span(),
             ))  # fmt: skip
             self._window.clear()
             self._failed_in_a_row = 0
             return
-        open_for = held if reason == "rate_limit" else max(self._next_open_time(now), held)
+        self._forgive(now)
+        open_for = held if reason == "rate_limit" else max(self._next_open_time(), held)
         self._until = now + open_for
-        self._move("open", reason, now, permit=permit, open_for=open_for)
+        self._move("open", reason, now, permit=permit, open_for=open_for, error_type=error_type)
 
-    def _next_open_time(self, now: float) -> float:
-        """Return for how long to open: twice as long each time, unless it was healthy between."""
-        policy = self.policy
+    def _forgive(self, now: float) -> None:
+        """Count fewer openings the longer it was closed."""
         if self._state == "closed":
-            healthy = now - self._closed_since
-            self._openings = max(0, self._openings - int(healthy / policy.decay))
+            healthy = int((now - self._closed_since) / self.policy.decay)
+            if healthy:  # what doubling ended at is halved, however often it was reached
+                self._openings = max(0, min(self._openings, self._doublings()) - healthy)
+
+    def _doublings(self) -> int:
+        """Return after how many openings in a row the open time is the longest."""
+        policy = self.policy
+        if policy.open_time <= 0:
+            return _MOST_OPENINGS
+        return min(ceil(log2(policy.longest_open / policy.open_time)), _MOST_OPENINGS)
+
+    def _next_open_time(self) -> float:
+        """Return for how long to open: twice as long each time."""
+        policy = self.policy
         seconds = min(policy.open_time * 2.0**self._openings, policy.longest_open)
-        self._openings = min(self._openings + 1, 60)
+        self._openings = min(self._openings + 1, _MOST_OPENINGS)
         return seconds * (1 + policy.jitter * (2 * self.rng() - 1))
 
     # Changing state; the lock is held.
@@ -402,6 +437,7 @@ class Circuit:
         *,
         permit: Permit | None = None,
         open_for: float | None = None,
+        error_type: str | None = None,
         adopted: bool = False,
     ) -> None:
         before = self._state
@@ -414,21 +450,21 @@ class Circuit:
             self._closed_since = now
         if to not in ("open", "half_open"):
             self._until = None
-            self._error_type = None
         if to != "half_open":
             self._reason = None if to == "closed" else reason
         self._window.clear()
         if before != to:
             context = None if permit is None else permit.span_context or _current_span()
             self._say(Transition(
-                self.name, before, to, reason, open_for, self._error_type, self._openings,
+                self.name, before, to, reason, open_for, error_type, self._openings,
                 adopted=adopted, span_context=context,
             ))  # fmt: skip
 
     def _say(self, transition: Transition) -> None:
         # Into queues and no further: in this order, whichever thread comes first after the lock.
         if self.sharing is not None and not transition.adopted and not transition.would_be:
-            self.sharing.moved(self, transition)
+            with guard.contained("breaker sharing"):
+                self.sharing.moved(self, transition)
         worker.post(lambda: self._tell(transition))
         self._has_news = True
 
@@ -440,24 +476,26 @@ class Circuit:
                 worker.start()
 
     def _tell(self, transition: Transition) -> None:
-        for listener in (*listeners_of_all, *self._listeners):
+        for listener in (*listeners_of_all, *(entry[0] for entry in self._listeners)):
             with guard.contained("breaker listener"):
                 listener(transition)
 
     # What other processes have found, and forks.
 
     def adopt(self, state: State, *, reason: str, open_for: float = 0.0, openings: int = 0) -> None:
-        """Take over the verdict of another process.
+        """Take over the verdict of another process, unless this one was set by hand.
 
         Args:
             state: The state to be in.
-            reason: Why.
+            reason: Why; `manual` counts also where this one was set by hand.
             open_for: Seconds until a probe may pass, where it is open.
             openings: How many times in a row it has opened.
         """
         with self._lock:
-            now = self.clock()
-            before, self._openings = self._state, openings
+            now, before = self.clock(), self._state
+            if before in _BY_HAND and reason != "manual":
+                return
+            self._openings = openings
             if state == "open":
                 self._until = now + open_for
             if state != before:
@@ -467,8 +505,9 @@ class Circuit:
 
     def after_fork(self) -> None:
         """Begin anew in the child of a fork, in the state that the parent's was in."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._generation += 1
+        self._first_generation = self._generation
         self._clear()
 
 
