@@ -53,6 +53,7 @@ ROOMS = (
     ("telemetry",),
     ("report",),
     ("failure",),
+    ("error_text",),
     ("settings",),
     ("redaction",),
     ("guard",),
