@@ -7,18 +7,17 @@ redis costs no import of them, and subclasses are known too. The rules are the t
 
 import errno
 import re
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from types import TracebackType
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
-from periscope_otel.redaction import clean_name, redact
+from periscope_otel.error_text import message_of, peek, plain_name, stack_text, type_name
 
-__all__ = ["Failure", "Outcome", "Reason", "Verdict"]
-__all__ += ["classify", "classify_response", "message_of", "stack_text"]
+__all__ = ["Failure", "Outcome", "Reason", "Verdict", "add_classifier", "classify"]
+__all__ += ["classify_name", "classify_response", "classify_status", "message_of", "stack_text"]
 
 # How an operation ended (`threat.ingest.outcome`).
 Outcome = Literal["ok", "error", "timeout", "cancelled", "rejected", "partial"]
@@ -162,6 +161,15 @@ _BY_NAME: Final = {
     for module in modules.split()
     for name in names.split()
 }
+# Where a class may be whose short name alone is known: what clients of a network raise.
+_CLIENTS: Final = (
+    "builtins asyncio concurrent socket ssl http urllib httpx httpcore requests urllib3"
+)
+_CLIENT_MODULES: Final = tuple(
+    module
+    for module in dict.fromkeys(name.rpartition(".")[0] for name in _BY_NAME)
+    if module.partition(".")[0] in f"{_CLIENTS} aiohttp redis".split()
+)
 
 # RFC 9110 section 15: the rest of 4xx is the client's, the rest of 5xx the server's, and an unknown
 # class counts as 5xx. A 503 with Retry-After is a rate limit.
@@ -181,10 +189,34 @@ _LEVELS, _MEMBERS, _HEADERS, _LONGEST_WAIT = 5, 100, 256, 86_400.0
 _NUMBER: Final = re.compile(r"[+-]?\d+(?:\.\d+)?", re.ASCII)
 _now: Callable[[], float] = time.time  # the wall clock, as an HTTP date is; tests replace it
 
-# Stack text: frames at either end, exceptions of a chain, members of a group, length of a line.
-_HEAD, _TAIL, _CHAIN, _SHOWN, _LINE = 5, 15, 4, 3, 300
-_CUT: Final = "… earlier lines left out …\n"
 _UNKNOWN: Final = Failure("error", "Exception", "failure", retryable=False)
+
+_predicates: Final[list[Callable[[object], Failure | None]]] = []
+
+
+def add_classifier(predicate: Callable[[object], Failure | None]) -> Callable[[], None]:
+    """Have a function asked first what an exception or a returned response means.
+
+    Args:
+        predicate: Given the exception or whatever was returned; None if it has nothing to say. If
+            it raises, the usual rules apply.
+
+    Returns:
+        A function that takes it back.
+
+    Example:
+        >>> def maintenance(ended):
+        ...     if isinstance(ended, FeedError) and ended.code == "MAINTENANCE":
+        ...         return Failure("error", "Maintenance", "ignored", retryable=True)
+        >>> remove = add_classifier(maintenance)
+    """
+    _predicates.append(predicate)
+
+    def remove() -> None:
+        if predicate in _predicates:
+            _predicates.remove(predicate)
+
+    return remove
 
 
 def classify(error: BaseException) -> Failure:
@@ -205,7 +237,7 @@ def classify(error: BaseException) -> Failure:
         Failure(outcome='error', error_type='ConnectionRefusedError', verdict='failure', ...)
     """
     try:
-        return _classify(error)
+        return (_asked(error) if _predicates else None) or _classify(error)
     except Exception:  # noqa: BLE001 - hostile code, or no stack left
         return _UNKNOWN
 
@@ -227,75 +259,88 @@ def classify_response(response: object) -> Failure | None:
         Failure(outcome='error', error_type='503', verdict='ignored', ... retry_after=30.0, ...)
     """
     try:
+        if _predicates and (said := _asked(response)) is not None:
+            return said
         answer = None if isinstance(response, type) else _answer_of(response)
         return None if answer is None else _failure(answer, str(answer.status))
     except Exception:  # noqa: BLE001 - what cannot be looked at is no response
         return None
 
 
-def message_of(error: BaseException, limit: int = 1024) -> str:
-    """Return the exception's message: secrets out, bounded, whatever its `__str__` does.
+def classify_status(status: int, retry_after: str | None = None) -> Failure | None:
+    """Say what an HTTP status means, where there is no more of the response.
 
     Args:
-        error: The exception.
-        limit: The most characters to return.
+        status: The status code.
+        retry_after: The header of that name, if there was one.
 
     Returns:
-        The message, or a note in angle brackets if it cannot be had.
+        None for a status below 400.
 
     Example:
-        >>> message_of(ValueError("no such column: score"))
-        'no such column: score'
+        >>> classify_status(429, "30").retry_after
+        30.0
     """
-    try:
-        text = str.__str__(str(error))  # str() may return a subclass's instance, this does not
-    except Exception:  # noqa: BLE001 - it raises, recurses or returns no string
-        text = "<unreadable message>"
-    try:
-        return redact(text, limit)
-    except Exception:  # noqa: BLE001 - unredacted text is never let out
-        return ""
+    if status < 400:
+        return None
+    return _failure(_judge_status(status, _wait(retry_after)), str(status))
 
 
-def stack_text(error: BaseException, limit: int = 4096, *, message: str | None = None) -> str:
-    r"""Return a bounded text of where an exception came from; never raises.
+def classify_name(name: str, message: str = "") -> Failure:
+    """Say what an exception means of which there is no more than the name; never raises.
 
-    Causes come first, the innermost call last: at most 20 frames an exception and 4 exceptions of
-    a chain. There are no source lines (nothing is read from disk), no values of variables and no
-    frames of this package. Where the limit bites, the oldest lines go.
+    A name without a module may be that of several classes: what they have in common counts, and
+    where they have nothing in common it is a failure of no known kind.
 
     Args:
-        error: The exception; its traceback may be missing.
-        limit: The most characters to return.
-        message: What `message_of` says of the exception, where that is known already.
+        name: `httpx.ConnectError` or `ConnectError`, as in `exception.type` and `error.type`.
+        message: What the exception said, if that is known.
 
     Returns:
-        Lines `file:line in qualname`, ending with `Type: message`.
+        What everybody else goes by.
 
     Example:
-        >>> stack_text(error)
-        '/app/feeds.py:12 in pull\n/app/feeds.py:40 in parse\nValueError: no such column: score'
+        >>> classify_name("httpx.ConnectError").reason
+        'connect'
     """
     try:
-        lines = _stack_lines(error, max(min(1024, limit // 4), 1), message)
-        return _tail("\n".join(lines), limit)
-    except Exception:  # noqa: BLE001 - hostile code, or no stack left
-        return "Exception"[: max(limit, 0)]
+        module, _, short = name.rpartition(".")
+        modules = (module,) if module else _CLIENT_MODULES
+        kind = _in_common([k for k in (_kind_named(one, short, message) for one in modules) if k])
+        own_name = plain_name(short) or "Exception"
+        return _failure(_Judgement(kind), None if kind.outcome == "cancelled" else own_name)
+    except Exception:  # noqa: BLE001 - anything may stand in a span
+        return _UNKNOWN
+
+
+def _asked(ended: object) -> Failure | None:
+    """Return what the first predicate says that has something to say."""
+    for predicate in tuple(_predicates):
+        try:
+            said = predicate(ended)
+        except Exception:  # noqa: BLE001 - the user's predicate must not break the call
+            from periscope_otel import guard  # it is heavier than what needs it so rarely
+
+            guard.warn("classifier", "a predicate that was given to add_classifier() raised")
+            continue
+        if isinstance(said, Failure):
+            return said
+    return None
 
 
 def _classify(error: BaseException) -> Failure:
-    own_word = _peek(error, "periscope_failure")
+    own_word = peek(error, "periscope_failure")
     if isinstance(own_word, Failure):
         return own_word
     if isinstance(error, BaseExceptionGroup):
         return _classify_group(error)
-    code = _peek(error, "code")
+    code = peek(error, "code")
     if isinstance(error, SystemExit) and (code is None or (isinstance(code, int) and code == 0)):
         return Failure("ok", None, "ignored", retryable=False)
     own = _judge(error)
     if own.kind is _CANCELLED:
         return _failure(own, None)
-    name = _type_name(error) if own.status is None else str(own.status)
+    name = type_name(error) if own.status is None else str(own.status)
     return _failure(_look_inside(error, own), name)
 
 
@@ -308,7 +353,7 @@ def _classify_group(group: BaseExceptionGroup[BaseException]) -> Failure:
     worst = max(errors, key=lambda m: (m.verdict == "failure", not m.retryable), default=_UNKNOWN)
     again = worst.retryable and all(member.retryable for member in errors)
     wait = max((m.retry_after for m in errors if m.retry_after is not None), default=None)
-    return replace(worst, error_type=_type_name(group), retryable=again, retry_after=wait)
+    return replace(worst, error_type=type_name(group), retryable=again, retry_after=wait)
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
@@ -316,7 +361,7 @@ def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]
     waiting: list[BaseException] = [group]
     for _ in range(_MEMBERS):
         error = waiting.pop() if waiting else None
-        own_word = isinstance(_peek(error, "periscope_failure"), Failure)
+        own_word = isinstance(peek(error, "periscope_failure"), Failure)
         if isinstance(error, BaseExceptionGroup) and not own_word:
             waiting.extend(islice(error.exceptions, _MEMBERS))
         elif error is not None:
@@ -338,18 +383,45 @@ def _judge(error: BaseException) -> _Judgement:
     """Judge one exception by itself: by the HTTP answer it carries, else by its class."""
     kind = _kind_of(error)
     carrier = None if kind is _CANCELLED else error
-    return _answer_of(_peek(carrier, "response")) or _answer_of(carrier) or _Judgement(kind)
+    return _answer_of(peek(carrier, "response")) or _answer_of(carrier) or _Judgement(kind)
 
 
 def _kind_of(error: BaseException) -> _Kind:
-    for cls in type(error).__mro__:
-        kind = _BY_NAME.get(f"{cls.__module__}.{cls.__qualname__}")
-        if kind is _LOCAL and _peek(error, "errno") in _NETWORK_ERRNOS:
-            return _CONNECT
+    kind = _kind_of_class(type(error))
+    if kind is _LOCAL and peek(error, "errno") in _NETWORK_ERRNOS:
+        return _CONNECT
+    return _refined(kind, _first_text(error)) if kind in _BY_TEXT else kind
+
+
+def _kind_of_class(cls: type[BaseException]) -> _Kind:
+    for base in cls.__mro__:
+        kind = _BY_NAME.get(f"{base.__module__}.{base.__qualname__}")
         if kind is not None:
-            refined = _BY_TEXT.get(kind)
-            return refined[1] if refined and _first_text(error).startswith(refined[0]) else kind
+            return kind
     return _OTHER
+
+
+def _refined(kind: _Kind, text: str) -> _Kind:
+    starts, other = _BY_TEXT.get(kind, ((), kind))
+    return other if text.startswith(starts) else kind
+
+
+def _kind_named(module: str, name: str, message: str) -> _Kind | None:
+    """Return what the class of a name means: what was raised here is loaded, so bases are known."""
+    cls = getattr(sys.modules.get(module), "__dict__", {}).get(name)
+    if isinstance(cls, type) and issubclass(cls, BaseException):
+        return _refined(_kind_of_class(cls), message)
+    kind = _BY_NAME.get(f"{module}.{name}")
+    return None if kind is None else _refined(kind, message)
+
+
+def _in_common(kinds: list[_Kind]) -> _Kind:
+    """Return what kinds of one name have in common; a failure of no known kind if nothing."""
+    if len({(kind.outcome, kind.verdict) for kind in kinds}) != 1:
+        return _OTHER
+    first = kinds[0]
+    reason = first.reason if all(kind.reason == first.reason for kind in kinds) else None
+    return _Kind(first.outcome, first.verdict, all(kind.retryable for kind in kinds), reason)
 
 
 def _look_inside(error: BaseException, own: _Judgement) -> _Judgement:
@@ -358,7 +430,7 @@ def _look_inside(error: BaseException, own: _Judgement) -> _Judgement:
     for _ in range(_LEVELS):
         inner = _wrapped_in(error) if found.kind.wraps else None
         if found.kind is _OTHER:  # a stranger: the explicit cause only, a context may be anything
-            inner = _peek(error, "__cause__")
+            inner = peek(error, "__cause__")
         if not isinstance(inner, BaseException):
             break
         error, found = inner, _judge(inner)
@@ -368,13 +440,13 @@ def _look_inside(error: BaseException, own: _Judgement) -> _Judgement:
 
 def _wrapped_in(error: BaseException) -> object:
     """Return the exception that a library's wrapper carries."""
-    args = _peek(error, "args")
+    args = peek(error, "args")
     args = args[:4] if isinstance(args, tuple) else ()
-    for inner in (_peek(error, "reason"), *args, _peek(error, "__cause__")):
+    for inner in (peek(error, "reason"), *args, peek(error, "__cause__")):
         if isinstance(inner, BaseException):
             return inner
     # A context may be the user's business of before; an OSError is what the library wrapped.
-    context = _peek(error, "__context__")
+    context = peek(error, "__context__")
     return context if isinstance(context, OSError) else None
 
 
@@ -383,7 +455,10 @@ def _answer_of(response: object) -> _Judgement | None:
     status = _status_of(response)
     if status is None:
         return None
-    wait = _retry_after(_peek(response, "headers"))
+    return _judge_status(status, _retry_after(peek(response, "headers")))
+
+
+def _judge_status(status: int, wait: float | None) -> _Judgement:
     kind = _BY_STATUS.get(status) or (_SERVER if status >= 500 else _CLIENT)
     if status == 503 and wait is not None:
         kind = _RATE_LIMIT
@@ -393,24 +468,32 @@ def _answer_of(response: object) -> _Judgement | None:
 def _status_of(response: object) -> int | None:
     """Return a status that means failure. `status` and `code` alone are anybody's attributes."""
     for name in ("status_code", "status", "code"):
-        value = _peek(response, name)
+        value = peek(response, name)
         is_failure = isinstance(value, int) and 400 <= value <= 999
-        if is_failure and (name == "status_code" or _peek(response, "headers") is not None):
+        if is_failure and (name == "status_code" or peek(response, "headers") is not None):
             return int(value)
     return None
 
 
 def _retry_after(headers: object) -> float | None:
-    """Read Retry-After: seconds or an HTTP date (RFC 9110 section 10.2.3); None if unreadable."""
+    """Read Retry-After from headers of any kind; None if there is none."""
     try:
-        for key, value in islice(_peek(headers, "items")(), _HEADERS):
+        for key, value in islice(peek(headers, "items")(), _HEADERS):
             if str(key).lower() == "retry-after":
-                text = str(value).strip()[:64]  # no date is longer
-                wait = float(text) if _NUMBER.fullmatch(text) else _date(text) - _now()
-                return min(max(wait, 0.0), _LONGEST_WAIT)
-    except Exception:  # noqa: BLE001 - no mapping, or no date
+                return _wait(value)
+    except Exception:  # noqa: BLE001 - no mapping
         return None
     return None
+
+
+def _wait(header: object) -> float | None:
+    """Read seconds or an HTTP date (RFC 9110 section 10.2.3); None if unreadable."""
+    try:
+        text = "" if header is None else str(header).strip()[:64]  # no date is longer
+        wait = float(text) if _NUMBER.fullmatch(text) else _date(text) - _now()
+        return min(max(wait, 0.0), _LONGEST_WAIT)
+    except Exception:  # noqa: BLE001 - no date
+        return None
 
 
 def _date(text: str) -> float:
@@ -421,82 +504,6 @@ def _date(text: str) -> float:
     return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
 
 
-def _peek(foreign: object, name: str) -> Any:
-    """Read an attribute of an object that is not ours; None if there is none or it raises."""
-    try:
-        return getattr(foreign, name, None)
-    except Exception:  # noqa: BLE001 - no more: a Ctrl-C that comes just now must pass
-        return None
-
-
 def _first_text(error: BaseException) -> str:
-    args = _peek(error, "args")
+    args = peek(error, "args")
     return args[0] if isinstance(args, tuple) and args and type(args[0]) is str else ""
-
-
-def _type_name(error: BaseException) -> str:
-    name = type(error).__name__  # made up at run time, it may be anything
-    plain = type(name) is str and len(name) <= 200 and name.isascii() and name.isidentifier()
-    return name if plain else clean_name(name)
-
-
-def _stack_lines(error: BaseException, message_limit: int, message: str | None) -> Iterator[str]:
-    for link, link_to_next in reversed(_chain(error)):
-        yield from _frame_lines(_peek(link, "__traceback__"))
-        members = link.exceptions if isinstance(link, BaseExceptionGroup) else ()
-        for number, member in enumerate(members[:_SHOWN], start=1):
-            yield f"member {number} of {len(members)}: {_last_line(member, 200)}"
-        known = message if link is error else None
-        yield _last_line(link, message_limit, known) + link_to_next
-
-
-def _chain(error: BaseException) -> list[tuple[BaseException, str]]:
-    """Return the exception and its causes, each with the words that lead on from it."""
-    chain = [(error, "")]
-    seen = {id(error)}
-    while len(chain) < _CHAIN:
-        before, words = _peek(error, "__cause__"), "\n… which caused:"
-        if before is None and not _peek(error, "__suppress_context__"):
-            before, words = _peek(error, "__context__"), "\n… and while that was handled:"
-        if not isinstance(before, BaseException) or id(before) in seen:
-            break
-        error = before
-        seen.add(id(error))
-        chain.append((error, words))
-    return chain
-
-
-def _frame_lines(traceback: object) -> Iterator[str]:
-    head: list[TracebackType] = []
-    tail: deque[TracebackType] = deque(maxlen=_TAIL)
-    count = 0
-    while isinstance(traceback, TracebackType):
-        if not str(traceback.tb_frame.f_globals.get("__name__")).startswith("periscope_otel."):
-            count += 1
-            (head if count <= _HEAD else tail).append(traceback)
-        traceback = traceback.tb_next
-    yield from map(_frame_line, head)
-    if left_out := count - len(head) - len(tail):
-        yield f"… {left_out} frames left out …"
-    yield from map(_frame_line, tail)
-
-
-def _frame_line(traceback: TracebackType) -> str:
-    code = traceback.tb_frame.f_code
-    line = f"{code.co_filename}:{traceback.tb_lineno} in {code.co_qualname}"
-    return line if len(line) <= _LINE and line.isprintable() else clean_name(line, _LINE)
-
-
-def _last_line(error: BaseException, message_limit: int, message: str | None = None) -> str:
-    if message is None or len(message) > message_limit:
-        message = message_of(error, message_limit)
-    return f"{_type_name(error)}: {message}" if message else _type_name(error)
-
-
-def _tail(text: str, limit: int) -> str:
-    """Keep whole lines from the end: the exception itself and the calls nearest to it."""
-    if len(text) <= limit or limit <= 0:
-        return text[: max(limit, 0)]
-    mark = _CUT if limit >= 100 else ""
-    kept = text[len(mark) - limit :]
-    return mark + kept[kept.find("\n") + 1 :]

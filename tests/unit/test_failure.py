@@ -42,7 +42,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 from stix2patterns.exceptions import ParseException
 
-from periscope_otel import failure
+from periscope_otel import error_text, failure
 from periscope_otel.failure import Failure, classify, classify_response, message_of, stack_text
 
 # --- what is expected, by name -------------------------------------------------------------------
@@ -1104,7 +1104,7 @@ def test_message_without_redaction(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(text: str, limit: int = 1024) -> str:
         raise RuntimeError(text)
 
-    monkeypatch.setattr(failure, "redact", broken)
+    monkeypatch.setattr(error_text, "redact", broken)
 
     assert message_of(ValueError("password=hunter2")) == ""
     assert stack_text(ValueError("password=hunter2")) == "ValueError"

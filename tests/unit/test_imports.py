@@ -55,6 +55,7 @@ ROOMS = (
     ("telemetry",),
     ("report",),
     ("failure",),
+    ("error_text",),
     ("settings",),
     ("redaction",),
     ("guard",),

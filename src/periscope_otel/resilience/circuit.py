@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from dataclasses import replace
+from itertools import count
 from math import ceil, log2
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,6 +51,11 @@ _INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
 _BY_HAND: Final[frozenset[State]] = frozenset({"forced_open", "disabled", "observe"})
 _MOST_OPENINGS: Final = 60  # counted in a row; by then every open time is the longest
+
+moves: Final = [0]
+"""The number of the latest change of any breaker: what began before it can be told by that."""
+
+_move_numbers: Final = count(1)
 
 listeners_of_all: Final[list[Callable[[Transition], None]]] = []
 """Those that are told of the transitions of every breaker."""
@@ -88,6 +94,10 @@ class Permit:
         self.failure = failure
         self.span_context = span_context
 
+    def has_run(self, seconds: float) -> None:
+        """Take note that the call began before the permit was taken."""
+        self._seconds += seconds
+
     def pause(self) -> None:
         """Stop its time: a generator is at a `yield`, and the consumer has the word."""
         self._seconds = self.seconds(self.breaker.clock())
@@ -122,7 +132,7 @@ class Circuit:
         "__weakref__", "_closed_since", "_failed_in_a_row", "_first_generation", "_generation",
         "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
         "_reason", "_second", "_state", "_successes", "_told", "_until", "_window", "clock",
-        "counts", "name", "policy", "rng", "sharing",
+        "counts", "moved", "name", "policy", "rng", "sharing",
     )  # fmt: skip
 
     def __init__(
@@ -149,6 +159,8 @@ class Circuit:
         self._listeners: tuple[list[Callable[[Transition], None]], ...] = ()
         self._state: State = "closed"
         self._generation = self._first_generation = 0
+        self.moved = 0
+        """The number, as in `moves`, of its latest change."""
         self._openings = 0
         self._until: float | None = None
         self._reason: str | None = None
@@ -443,6 +455,7 @@ class Circuit:
         before = self._state
         self._state = to
         self._generation += 1
+        moves[0] = self.moved = next(_move_numbers)
         self._leases = None
         self._successes = 0
         self._failed_in_a_row = 0
