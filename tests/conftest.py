@@ -10,6 +10,8 @@ import pytest
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use
+from periscope_otel.resilience.breaker import breakers
+from periscope_otel.resilience.budget import forget_budgets
 from periscope_otel.telemetry.current import current
 from periscope_otel.telemetry.letter_counts import letter_counts
 
@@ -32,6 +34,14 @@ def telemetry_is_left_as_it_was() -> Iterator[None]:
     before = current.telemetry
     yield
     assert current.telemetry is before
+
+
+@pytest.fixture(autouse=True)
+def breakers_are_of_the_test() -> Iterator[None]:
+    """Let no breaker that a test has only named, and no retry that it has made, reach another."""
+    with breakers.set_aside():
+        yield
+    forget_budgets()
 
 
 @pytest.fixture(autouse=True)

@@ -23,11 +23,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 
+import periscope_otel
 from periscope_otel import guard, monitored, operation
 from periscope_otel.telemetry import instruments as instruments_module
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.current import Telemetry, current, telemetry_on
-from periscope_otel.telemetry.worker import Worker
+from periscope_otel.telemetry.worker import Worker, worker
 from periscope_otel.testing import capture_telemetry
 
 DURATION = "threat.ingest.operation.duration"
@@ -105,6 +106,19 @@ TABLE = {
     LAST_SUCCESS: (GAUGE, "s", {"threat.feed.name"}),
     LAST_ITEM: (GAUGE, "s", {"threat.feed.name"}),
     "periscope.internal_errors": (COUNTER, "{error}", {"periscope.component"}),
+    "threat.ingest.operation.retries": (COUNTER, "{retry}", OPERATION_LABELS | {"error.type"}),
+    "circuit_breaker.state": (GAUGE, "1", {"circuit_breaker.name", "circuit_breaker.state"}),
+    "circuit_breaker.transitions": (
+        COUNTER,
+        "{transition}",
+        {"circuit_breaker.name", "circuit_breaker.from_state", "circuit_breaker.to_state"},
+    ),
+    "circuit_breaker.calls": (
+        COUNTER,
+        "{call}",
+        {"circuit_breaker.name", "circuit_breaker.call.outcome"},
+    ),
+    "circuit_breaker.rejections": (COUNTER, "{call}", {"circuit_breaker.name"}),
 }
 
 
@@ -122,7 +136,29 @@ def everything() -> dict[str, sdk.Metric]:
             op.failed(count=1)
         with pytest.raises(ValueError, match="x"), operation("store", feed="urlhaus"):
             raise ValueError("x")
+        breaker = tried_again_until_its_breaker_opens()
+        assert breaker.state == "open"
         return collect(reader)
+
+
+def tried_again_until_its_breaker_opens() -> periscope_otel.Breaker:
+    """Make a call that fails, is retried, and opens a breaker that rejects the next."""
+    breaker = periscope_otel.Breaker("example", consecutive_failures=2)
+
+    @periscope_otel.monitored(
+        "fetch",
+        feed="urlhaus",
+        breaker=breaker,
+        retry=periscope_otel.Retry(attempts=2, base=0.0),
+    )
+    def fetch() -> None:
+        raise ConnectionError
+
+    for error in (ConnectionError, periscope_otel.CircuitOpenError):
+        with pytest.raises(error):
+            fetch()
+    worker.finish_posted(10)
+    return breaker
 
 
 @pytest.mark.parametrize("name", TABLE)
