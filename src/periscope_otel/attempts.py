@@ -109,6 +109,7 @@ class Attempts:
         if operation.attempts < retry.attempts and retry.wants(failure, error):
             operation.settle_attempt(failure, error)  # the breaker is asked for the next one
         wait = retrying.after(failure, error)
+        retrying.error = None  # or its traceback would refer to it, by way of this frame
         if wait is not None:
             tell_of_retry(operation.span, operation.series, retrying.attempt, wait, failure)
         return retrying, wait

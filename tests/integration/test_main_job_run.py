@@ -195,6 +195,18 @@ def test_the_library_example_undoes_its_patch():
     assert re.search(r"download +/gone.txt +1 1 error", result.stdout)
 
 
+def test_the_flaky_feed_example_sends_no_request_while_open():
+    """A breaker opens, what it rejects is not sent, a probe finds the recovery, all is replayed."""
+    result = run(example="flaky_feed.py")
+    assert (result.returncode, result.stderr) == (0, "")
+    sent = [int(number) for number in re.findall(r"requests sent: (\d+)", result.stdout)]
+    assert sent == [1, 2, 2, 1, 0, 0, 0, 1, 1, 1]
+    assert result.stdout.count("not sent, open: try again in") == 3
+    assert "breaker blocklist is closed: probes succeeded" in result.stdout
+    assert result.stdout.endswith("7 succeeded, 0 failed; pages: 10 of 10\n")
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
 def test_the_testing_example_passes():
     """A user's pytest finds the fixture by itself."""
     result = subprocess.run(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -132,6 +134,25 @@ def test_the_last_attempts_exception_is_raised_as_it_is(shape, captured_telemetr
     operation = captured_telemetry.operation("fetch")
     assert (flaky.calls, operation.outcome) == (3, "error")
     assert len(operation.exceptions) == 1
+
+
+@pytest.mark.parametrize("shape", [_function, _generator])
+def test_no_cycle_keeps_an_exception_alive(shape, breaker, captured_telemetry):
+    """An exception, and the sockets in its frames, is freed when its last holder lets go of it."""
+
+    class HeldError(ConnectionError):
+        pass
+
+    gc.disable()
+    try:
+        with pytest.raises(HeldError) as caught:
+            shape(Flaky(9, HeldError), retry=periscope.Retry(attempts=3, deadline=1.0),
+                  breaker=breaker)()  # fmt: skip
+        left = weakref.ref(caught.value)
+        del caught
+        assert left() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
