@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary, ref
 
 from periscope_otel import guard
+from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.circuit import Circuit, listeners_of_all
 from periscope_otel.resilience.policy import DEFAULT_POLICY
 
@@ -73,7 +74,10 @@ class Breakers(Generic[_Made]):
 
     def find(self, name: str) -> _Made | None:
         """Return the breaker of a name, if there is one."""
-        return self._given.get(name) or self._made.get(name)
+        found = self._given.get(name) or self._made.get(name)
+        if found is None and (clean := clean_name(name)) != name:  # names are kept clean
+            found = self._given.get(clean) or self._made.get(clean)
+        return found
 
     def watched(self, name: str) -> _Made | None:
         """Return the breaker of a dependency that client spans name; None beyond a bound."""
@@ -88,8 +92,9 @@ class Breakers(Generic[_Made]):
                 MOST_WATCHED,
             )
             return None
+        made = self._new(name)
         self._watched += 1
-        return self._new(name)
+        return made
 
     def defaults(self, pattern: str, policy: BreakerPolicy | None = None, **changes: Any) -> None:
         """Say how breakers are made whose name matches; the last pattern that matches counts.
@@ -121,7 +126,7 @@ class Breakers(Generic[_Made]):
             if found is None:
                 found = self._make(name, self.policy_for(name))
                 self._given.pop(found.name, None)
-                self._made[name] = self._made[found.name] = found
+                self._made[found.name] = found
             return found
 
     def add(self, breaker: _Made) -> None:
