@@ -60,7 +60,7 @@ class Breakers(Generic[_Made]):
     def __iter__(self) -> Iterator[_Made]:
         """Iterate over all that there are now, by name."""
         with self._lock:
-            found = {**self._made, **self._given}
+            found = {**self._made, **dict(self._given.items())}  # items() holds on to each
         return iter([found[name] for name in sorted(found)])
 
     def get(self, name: str) -> _Made:
@@ -112,12 +112,15 @@ class Breakers(Generic[_Made]):
             >>> breakers.defaults("*.abuse.ch", slow_threshold=20.0)
         """
         base = DEFAULT_POLICY if policy is None else policy
-        self._defaults.pop(pattern, None)
-        self._defaults[pattern] = base.changed(**changes) if changes else base
+        policy = base.changed(**changes) if changes else base
+        with self._lock:
+            self._defaults.pop(pattern, None)
+            self._defaults[pattern] = policy
 
     def policy_for(self, name: str) -> BreakerPolicy:
         """Return the settings that a breaker of this name is made with."""
-        matching = [p for pattern, p in self._defaults.items() if fnmatchcase(name, pattern)]
+        with self._lock:
+            matching = [p for pattern, p in self._defaults.items() if fnmatchcase(name, pattern)]
         return matching[-1] if matching else DEFAULT_POLICY
 
     def _new(self, name: str) -> _Made:
@@ -133,17 +136,17 @@ class Breakers(Generic[_Made]):
         """Have a breaker found by its name."""
         with self._lock:
             before = self.find(breaker.name)
-            if before is not None and before.policy != breaker.policy:
-                guard.warn(
-                    f"breaker {breaker.name}",
-                    "there are two breakers %s with different settings: the newer one is used "
-                    "where the name is given",
-                    breaker.name,
-                )
             self._made.pop(breaker.name, None)
             self._given[breaker.name] = breaker
             self._tallies.append(_Tally(ref(breaker), breaker.name, breaker.counts))
             breaker.sharing = self._sharing if breaker.policy.shared else None
+        if before is not None and before.policy != breaker.policy:
+            guard.warn(
+                f"breaker {breaker.name}",
+                "there are two breakers %s with different settings: the newer one is used "
+                "where the name is given",
+                breaker.name,
+            )
 
     def share(self, sharing: Sharing | None) -> None:
         """Have other processes told of all verdicts, or no longer."""
