@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MOST_WATCHED: Final = 1000
 """Breakers that are made only because client spans name their dependencies."""
 
+_FOLD_AT: Final = 100  # tallies at first, before those of breakers that are gone are summed up
+
 _Made = TypeVar("_Made", bound=Circuit)
 
 
@@ -54,6 +56,7 @@ class Breakers(Generic[_Made]):
         self._made: dict[str, _Made] = {}
         self._watched = 0
         self._tallies: list[_Tally] = []
+        self._fold_at = _FOLD_AT
         self._past: dict[str, list[int]] = {}
         self._transitions: dict[tuple[str, str, str], int] = {}
 
@@ -139,6 +142,9 @@ class Breakers(Generic[_Made]):
             self._made.pop(breaker.name, None)
             self._given[breaker.name] = breaker
             self._tallies.append(_Tally(ref(breaker), breaker.name, breaker.counts))
+            if len(self._tallies) > self._fold_at:
+                self._fold()
+                self._fold_at = 2 * len(self._tallies) + _FOLD_AT
             breaker.sharing = self._sharing if breaker.policy.shared else None
         if before is not None and before.policy != breaker.policy:
             guard.warn(
