@@ -217,8 +217,13 @@ class Breakers(Generic[_Made]):
             with self._lock:
                 for tally, values in counts:
                     tally.counts[:] = [a + b for a, b in zip(tally.counts, values, strict=True)]
-                for name in ("_made", "_watched", "_past", "_transitions", "_tallies"):
+                known = {id(tally.counts) for tally, _ in counts}
+                begun = [tally for tally in self._tallies if id(tally.counts) not in known]
+                for tally in begun:  # somebody may hold it, and it counts from here on
+                    tally.counts[:] = [0] * len(tally.counts)
+                for name in ("_made", "_watched", "_past", "_transitions"):
                     setattr(self, name, before[name])
+                self._tallies = [tally for tally, _ in counts] + begun
 
     def after_fork(self) -> None:
         """Begin anew in the child of a fork: it must not repeat what its parent counted."""
