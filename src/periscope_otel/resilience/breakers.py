@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary, ref
 
 from periscope_otel import guard
+from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.circuit import COUNTED, Circuit, listeners_of_all
 from periscope_otel.resilience.policy import DEFAULT_POLICY
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MOST_WATCHED: Final = 1000
 """Breakers that are made only because client spans name their dependencies."""
+
+_FOLD_AT: Final = 100  # tallies at first, before those of breakers that are gone are summed up
 
 _Made = TypeVar("_Made", bound=Circuit)
 
@@ -53,13 +56,14 @@ class Breakers(Generic[_Made]):
         self._made: dict[str, _Made] = {}
         self._watched = 0
         self._tallies: list[_Tally] = []
+        self._fold_at = _FOLD_AT
         self._past: dict[str, list[int]] = {}
         self._transitions: dict[tuple[str, str, str], int] = {}
 
     def __iter__(self) -> Iterator[_Made]:
         """Iterate over all that there are now, by name."""
         with self._lock:
-            found = {**self._made, **self._given}
+            found = {**self._made, **dict(self._given.items())}  # items() holds on to each
         return iter([found[name] for name in sorted(found)])
 
     def get(self, name: str) -> _Made:
@@ -73,7 +77,10 @@ class Breakers(Generic[_Made]):
 
     def find(self, name: str) -> _Made | None:
         """Return the breaker of a name, if there is one."""
-        return self._given.get(name) or self._made.get(name)
+        found = self._given.get(name) or self._made.get(name)
+        if found is None and (clean := clean_name(name)) != name:  # names are kept clean
+            found = self._given.get(clean) or self._made.get(clean)
+        return found
 
     def watched(self, name: str) -> _Made | None:
         """Return the breaker of a dependency that client spans name; None beyond a bound."""
@@ -88,8 +95,9 @@ class Breakers(Generic[_Made]):
                 MOST_WATCHED,
             )
             return None
+        made = self._new(name)
         self._watched += 1
-        return self._new(name)
+        return made
 
     def defaults(self, pattern: str, policy: BreakerPolicy | None = None, **changes: Any) -> None:
         """Say how breakers are made whose name matches; the last pattern that matches counts.
@@ -107,12 +115,15 @@ class Breakers(Generic[_Made]):
             >>> breakers.defaults("*.abuse.ch", slow_threshold=20.0)
         """
         base = DEFAULT_POLICY if policy is None else policy
-        self._defaults.pop(pattern, None)
-        self._defaults[pattern] = base.changed(**changes) if changes else base
+        policy = base.changed(**changes) if changes else base
+        with self._lock:
+            self._defaults.pop(pattern, None)
+            self._defaults[pattern] = policy
 
     def policy_for(self, name: str) -> BreakerPolicy:
         """Return the settings that a breaker of this name is made with."""
-        matching = [p for pattern, p in self._defaults.items() if fnmatchcase(name, pattern)]
+        with self._lock:
+            matching = [p for pattern, p in self._defaults.items() if fnmatchcase(name, pattern)]
         return matching[-1] if matching else DEFAULT_POLICY
 
     def _new(self, name: str) -> _Made:
@@ -121,24 +132,27 @@ class Breakers(Generic[_Made]):
             if found is None:
                 found = self._make(name, self.policy_for(name))
                 self._given.pop(found.name, None)
-                self._made[name] = self._made[found.name] = found
+                self._made[found.name] = found
             return found
 
     def add(self, breaker: _Made) -> None:
         """Have a breaker found by its name."""
         with self._lock:
             before = self.find(breaker.name)
-            if before is not None and before.policy != breaker.policy:
-                guard.warn(
-                    f"breaker {breaker.name}",
-                    "there are two breakers %s with different settings: the newer one is used "
-                    "where the name is given",
-                    breaker.name,
-                )
             self._made.pop(breaker.name, None)
             self._given[breaker.name] = breaker
             self._tallies.append(_Tally(ref(breaker), breaker.name, breaker.counts))
+            if len(self._tallies) > self._fold_at:
+                self._fold()
+                self._fold_at = 2 * len(self._tallies) + _FOLD_AT
             breaker.sharing = self._sharing if breaker.policy.shared else None
+        if before is not None and before.policy != breaker.policy:
+            guard.warn(
+                f"breaker {breaker.name}",
+                "there are two breakers %s with different settings: the newer one is used "
+                "where the name is given",
+                breaker.name,
+            )
 
     def share(self, sharing: Sharing | None) -> None:
         """Have other processes told of all verdicts, or no longer."""
@@ -207,8 +221,13 @@ class Breakers(Generic[_Made]):
             with self._lock:
                 for tally, values in counts:
                     tally.counts[:] = [a + b for a, b in zip(tally.counts, values, strict=True)]
-                for name in ("_made", "_watched", "_past", "_transitions", "_tallies"):
+                known = {id(tally.counts) for tally, _ in counts}
+                begun = [tally for tally in self._tallies if id(tally.counts) not in known]
+                for tally in begun:  # somebody may hold it, and it counts from here on
+                    tally.counts[:] = [0] * len(tally.counts)
+                for name in ("_made", "_watched", "_past", "_transitions"):
                     setattr(self, name, before[name])
+                self._tallies = [tally for tally, _ in counts] + begun
 
     def after_fork(self) -> None:
         """Begin anew in the child of a fork: it must not repeat what its parent counted."""

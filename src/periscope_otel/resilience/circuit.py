@@ -292,14 +292,14 @@ class Circuit:
         """Return what an exception means to this breaker: its `judge` is asked first."""
         failure = classify(error)
         judge = self.policy.judge
-        verdict = None
-        if judge is not None:
-            try:
-                verdict = judge(error)
-            except Exception:  # noqa: BLE001  (the user's predicate must not break the call)
-                guard.warn(f"judge of {self.name}", "the judge= of breaker %s raised", self.name)
-        if verdict in ("success", "failure", "ignored"):
-            return replace(failure, verdict=verdict)
+        if judge is None:
+            return failure
+        try:
+            verdict = judge(error)
+            if isinstance(verdict, str) and verdict in OUTCOMES:
+                return replace(failure, verdict=verdict)
+        except Exception:  # noqa: BLE001  (the user's predicate must not break the call)
+            guard.warn(f"judge of {self.name}", "the judge= of breaker %s raised", self.name)
         return failure
 
     def _settle(self, permit: Permit, failure: Failure | None) -> bool:

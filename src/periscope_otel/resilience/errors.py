@@ -41,7 +41,10 @@ class CircuitOpenError(Exception):
 
     def __str__(self) -> str:
         why = f" ({self.reason})" if self.reason else ""
-        when = "" if self.retry_after is None else f"; try again in {self.retry_after:.3g} s"
+        after = self.retry_after
+        when = (
+            "" if after is None else f"; try again in {round(after, 0 if after > 99 else 2):.8g} s"
+        )
         return f"breaker {self.name} is {self.state}{why}{when}"
 
     @property
