@@ -178,7 +178,7 @@ def test_threads_that_ask_at_once_get_the_same():
     assert len({id(one) for one in found}) == 50
 
 
-def test_only_those_used_last_are_remembered():
+def test_only_those_in_use_are_remembered():
     """A name made of an item cannot fill the memory, and drives out no dependency in use."""
     used = budget_of("in use")
     for number in range(MOST_BUDGETS + 50):
