@@ -51,8 +51,8 @@ class RetryBudget:
     """
 
     __slots__ = (
-        "__weakref__", "_calls", "_ends", "_lock", "_new_calls", "_new_retries", "_newest", "_parts",
-        "_reserve", "_retries", "_step", "in_use", "per_second", "ratio", "ttl",
+        "__weakref__", "_calls", "_ends", "_lock", "_new_calls", "_new_retries", "_newest",
+        "_parts", "_reserve", "_retries", "_step", "in_use", "per_second", "ratio", "ttl",
     )  # fmt: skip
 
     def __init__(self, ratio: float = 0.2, per_second: float = 1.0, ttl: float = 10.0) -> None:
