@@ -24,6 +24,8 @@ from opentelemetry.trace import Span, SpanKind
 import periscope_otel as periscope
 from periscope_otel.dead_letter import Letter
 from periscope_otel.patching import Patch
+from periscope_otel.resilience.budget import RetryBudget, budget_of
+from periscope_otel.resilience.retry import Retry, RetryDetails
 from periscope_otel.testing import CapturedTelemetry, capture_telemetry
 
 P = ParamSpec("P")
@@ -278,6 +280,84 @@ def use_testing() -> None:
         assert_type(captured.operation("store").outcome, str)
         assert_type(captured.metric("x", outcome="ok"), float)
         assert_type(captured.items().unaccounted, int)
+
+
+# --- retries -------------------------------------------------------------------------------------
+
+retry = Retry(attempts=4, on=(OSError,), result=lambda value: not value, deadline=None)
+
+
+@Retry(attempts=4)
+def fetched(url: str, *, limit: int = 5) -> list[str]:
+    return [url] * limit
+
+
+@retry
+async def fetched_by_coroutine(url: str) -> bytes:
+    return url.encode()
+
+
+@retry
+def fetched_rows(count: int) -> Generator[int, str, bool]:
+    sent = yield count
+    return bool(sent)
+
+
+@retry
+async def fetched_async_rows(count: int) -> AsyncGenerator[int, str]:
+    yield count
+
+
+class Feed:
+    @retry
+    def method(self, text: str) -> int:
+        return len(text)
+
+    @retry
+    @classmethod
+    def outer_class(cls, text: str) -> int:
+        return len(text)
+
+    @staticmethod
+    @retry
+    def inner_static(text: str) -> int:
+        return len(text)
+
+
+async def use_retries(feed: Feed) -> None:
+    assert_type(fetched("u", limit=3), list[str])
+    assert_type(await fetched_by_coroutine("u"), bytes)
+    assert_type(fetched_rows(1), Generator[int, str, bool])
+    assert_type(fetched_async_rows(1), AsyncGenerator[int, str])
+    assert_type(feed.method("x"), int)
+    assert_type(Feed.outer_class("x"), int)
+    assert_type(Feed.inner_static("x"), int)
+    assert_type(retry(len)("text"), int)
+    fetched(1)  # type: ignore[arg-type]
+    feed.method(1)  # type: ignore[arg-type]
+    for attempt in retry:
+        with attempt:
+            assert_type(attempt.number, int)
+    async for attempt in retry:
+        with attempt:
+            assert_type(attempt.number, int)
+    Retry.set_active(False)
+    retry.attempts = 3  # type: ignore[misc]
+
+
+def told_of_a_retry(details: RetryDetails) -> None:
+    assert_type(details.wait, float)
+    assert_type(details.error, BaseException | None)
+
+
+Retry(on=ConnectionError, budget=RetryBudget(ratio=0.1), on_retry=told_of_a_retry)
+Retry(on=lambda error: None, budget=False)
+Retry(budget=budget_of("urlhaus.abuse.ch"))
+Retry(3)  # type: ignore[call-arg]
+Retry(attempts="3")  # type: ignore[arg-type]
+Retry(budget=True)  # type: ignore[arg-type]
+Retry(on=3)  # type: ignore[arg-type]
+retry(3)  # type: ignore[type-var]
 
 
 assert_type(periscope.__version__, str)

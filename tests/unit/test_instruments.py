@@ -25,6 +25,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 
 import periscope_otel
 from periscope_otel import guard, monitored, operation
+from periscope_otel.resilience.retry import Retry
 from periscope_otel.telemetry import instruments as instruments_module
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.current import Telemetry, current, telemetry_on
@@ -96,6 +97,7 @@ TABLE = {
         OPERATION_LABELS | {"threat.ingest.outcome", "error.type"},
     ),
     ACTIVE: (UP_DOWN, "{operation}", OPERATION_LABELS),
+    "threat.ingest.operation.retries": (COUNTER, "{retry}", OPERATION_LABELS | {"error.type"}),
     "threat.ingest.items.received": (COUNTER, "{item}", OPERATION_LABELS),
     "threat.ingest.items.converted": (COUNTER, "{item}", OPERATION_LABELS),
     "threat.ingest.items.settled": (
@@ -134,6 +136,10 @@ def everything() -> dict[str, sdk.Metric]:
             op.ingested(1)
             op.skipped(1, reason="no_content")
             op.failed(count=1)
+            for attempt in Retry(base=0):
+                with attempt:
+                    if attempt.number == 1:
+                        raise ConnectionError
         with pytest.raises(ValueError, match="x"), operation("store", feed="urlhaus"):
             raise ValueError("x")
         breaker = tried_again_until_its_breaker_opens()

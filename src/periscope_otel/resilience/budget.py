@@ -51,8 +51,8 @@ class RetryBudget:
     """
 
     __slots__ = (
-        "__weakref__", "_calls", "_lock", "_newest", "_part", "_parts", "_reserve", "_retries",
-        "_step", "per_second", "ratio", "ttl",
+        "__weakref__", "_calls", "_ends", "_lock", "_new_calls", "_new_retries", "_newest",
+        "_parts", "_reserve", "_retries", "_step", "in_use", "per_second", "ratio", "ttl",
     )  # fmt: skip
 
     def __init__(self, ratio: float = 0.2, per_second: float = 1.0, ttl: float = 10.0) -> None:
@@ -62,6 +62,8 @@ class RetryBudget:
         self.ratio, self.per_second, self.ttl = float(ratio), float(per_second), float(ttl)
         self._step = self.ttl / STEPS
         self._reserve = self.per_second * self.ttl
+        self.in_use = False
+        """Whether it was asked for since the last time that somebody looked; see `budget_of`."""
         self.clear()
         _all.add(self)
 
@@ -76,9 +78,9 @@ class RetryBudget:
         """Forget every call and retry."""
         self._lock = threading.Lock()
         self._calls = self._retries = 0
-        self._newest = -1
-        self._part = [0, 0]
-        self._parts: list[tuple[int, list[int]]] = []
+        self._new_calls = self._new_retries = 0
+        self._newest, self._ends = -1, 0.0
+        self._parts: list[tuple[int, int, int]] = []
 
     def deposit(self, now: float | None = None) -> None:
         """Count a first attempt; never blocks.
@@ -86,12 +88,12 @@ class RetryBudget:
         Args:
             now: Monotonic seconds, where the caller knows them.
         """
-        step = int((_now() if now is None else now) / self._step)
+        if now is None:
+            now = _now()
         with self._lock:
-            if step > self._newest:
-                self._move_to(step)
-            self._calls += 1
-            self._part[0] += 1
+            if now >= self._ends:
+                self._move_to(now)
+            self._new_calls += 1
 
     def withdraw(self, now: float | None = None) -> bool:
         """Take what one retry needs, if it is there; never blocks.
@@ -102,38 +104,44 @@ class RetryBudget:
         Returns:
             Whether the retry may be made.
         """
-        step = int((_now() if now is None else now) / self._step)
+        if now is None:
+            now = _now()
         with self._lock:
-            if step > self._newest:
-                self._move_to(step)
+            if now >= self._ends:
+                self._move_to(now)
             if self._left() < 1.0 - _ROUNDING:
                 return False
-            self._retries += 1
-            self._part[1] += 1
+            self._new_retries += 1
             return True
 
     @property
     def balance(self) -> float:
-        """How many retries may be made now; below 0 where calls are forgotten sooner."""
-        step = int(_now() / self._step)
+        """How many retries may be made now; below 0 where calls are forgotten before retries."""
+        now = _now()
         with self._lock:
-            if step > self._newest:
-                self._move_to(step)
+            if now >= self._ends:
+                self._move_to(now)
             return self._left()
 
     def _left(self) -> float:
-        return self.ratio * self._calls + self._reserve - self._retries
+        calls, retries = self._calls + self._new_calls, self._retries + self._new_retries
+        return self.ratio * calls + self._reserve - retries
 
-    def _move_to(self, step: int) -> None:
-        parts = self._parts
+    def _move_to(self, now: float) -> None:
+        """Begin a new part, and forget those that have become too old."""
+        before, step = self._newest, max(int(now / self._step), self._newest + 1)
+        if self._new_calls or self._new_retries:
+            self._parts.append((before, self._new_calls, self._new_retries))
+            self._calls += self._new_calls
+            self._retries += self._new_retries
+            self._new_calls = self._new_retries = 0
+        self._newest = step
+        self._ends = (step + 1) * self._step
         # One part more than `STEPS`: the newest has only begun, and no retry counts too short.
-        while parts and parts[0][0] < step - STEPS:
-            calls, retries = parts.pop(0)[1]
+        while self._parts and self._parts[0][0] < step - STEPS:
+            _, calls, retries = self._parts.pop(0)
             self._calls -= calls
             self._retries -= retries
-        self._newest = step
-        self._part = [0, 0]
-        parts.append((step, self._part))
 
 
 _all: Final[WeakSet[RetryBudget]] = WeakSet()
@@ -151,15 +159,35 @@ def budget_of(name: str) -> RetryBudget:
         >>> budget_of("urlhaus.abuse.ch") is budget_of("urlhaus.abuse.ch")
         True
     """
+    budget = _by_name.get(name)
+    if budget is None:
+        return _new_budget(name)
+    budget.in_use = True
+    return budget
+
+
+def _new_budget(name: str) -> RetryBudget:
     with _lock:
         budget = _by_name.get(name)
         if budget is None:
+            if len(_by_name) >= MOST_BUDGETS:
+                _forget_one()
             budget = _by_name[name] = RetryBudget()
-            if len(_by_name) > MOST_BUDGETS:
-                _by_name.popitem(last=False)
-        else:
-            _by_name.move_to_end(name)
         return budget
+
+
+def _forget_one() -> None:
+    """Forget the first one that was not asked for since the last time; the lock is held.
+
+    What is in use is passed over once: to keep the order of use itself would cost every call.
+    """
+    while True:
+        name, budget = next(iter(_by_name.items()))
+        if not budget.in_use:
+            del _by_name[name]
+            return
+        budget.in_use = False
+        _by_name.move_to_end(name)
 
 
 def forget_budgets() -> None:

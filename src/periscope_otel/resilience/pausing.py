@@ -8,20 +8,47 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
 LONGEST_SLEEP: Final = 0.5
 """Seconds after which a waiting call looks whether the process still goes on."""
 
+
+class _Gate:
+    """What threads sleep at while it is shut; opening it is safe in a signal handler.
+
+    `threading.Event` is not: a handler that sets one hangs where it has interrupted its `wait`.
+    """
+
+    def __init__(self) -> None:
+        self.is_open = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def sleep(self, seconds: float) -> None:
+        if self._lock.acquire(timeout=seconds):
+            self._lock.release()  # for whoever sleeps beside this one
+
+    def open(self) -> None:
+        self.is_open = True
+        with suppress(RuntimeError):  # it is open already
+            self._lock.release()
+
+    def shut(self) -> None:
+        self.is_open = False
+        self._lock.acquire(blocking=False)
+
+
+_end = _Gate()
 _now: Callable[[], float] = time.monotonic  # tests replace these three
-_ended = threading.Event()
 
 
 def _sleep(seconds: float) -> None:
-    _ended.wait(seconds)
+    _end.sleep(seconds)
 
 
 async def _sleep_async(seconds: float) -> None:
@@ -51,33 +78,32 @@ def pause(seconds: float) -> bool:
 async def pause_async(seconds: float) -> bool:
     """Wait as `pause` does, without holding the event loop up; a cancellation ends it."""
     until = _now() + seconds
-    sleep: Callable[[float], Awaitable[None]] = _sleep_async
     while goes_on():
         left = until - _now()
         if left <= 0:
             return True
-        await sleep(min(left, LONGEST_SLEEP))
+        await _sleep_async(min(left, LONGEST_SLEEP))
     return False
 
 
 def goes_on() -> bool:
     """Whether the process neither shuts down nor has lost its main thread."""
-    return not _ended.is_set() and threading.main_thread().is_alive()
+    return not _end.is_open and threading.main_thread().is_alive()
 
 
 def shutting_down() -> None:
     """Have no attempt wait any longer: each call ends with what its last attempt came to."""
-    _ended.set()
+    _end.open()
 
 
 def resumed() -> None:
     """Let attempts wait again: the process goes on after all."""
-    _ended.clear()
+    _end.shut()
 
 
 def _after_fork_in_child() -> None:
-    global _ended
-    _ended = threading.Event()
+    global _end
+    _end = _Gate()
 
 
 if hasattr(os, "register_at_fork"):

@@ -447,9 +447,9 @@ _BAD_RESULT: Final = Failure("error", "_OTHER", "failure", retryable=True)
 
 
 def _check_on(on: object) -> None:
-    members = on if isinstance(on, tuple) else (on,) if isinstance(on, type) else ()
-    listed = [one for one in members if isinstance(one, type) and issubclass(one, BaseException)]
-    if len(listed) != len(members) or (on is not None and not members and not callable(on)):
+    classes = on if isinstance(on, tuple) else (on,) if isinstance(on, type) else ()
+    listed = all(isinstance(one, type) and issubclass(one, BaseException) for one in classes)
+    if not listed or not (on is None or isinstance(on, tuple) or callable(on)):
         raise TypeError("on= takes exception classes, or a predicate of the exception")
 
 
