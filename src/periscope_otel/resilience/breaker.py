@@ -115,18 +115,26 @@ class Breaker(Circuit):
             raise self.refusal()
         return permit
 
-    def watch(self) -> Permit | None:
+    def watch(self, *, seconds: float = 0.0, moves_before: int | None = None) -> Permit | None:
         """Return a permit for a call that is made anyway, and only watched; None if it counts not.
 
         It rejects nothing and asks nobody.
+
+        Args:
+            seconds: For how long the call has been under way.
+            moves_before: `circuit.moves[0]` as it began: a call from before the breaker's latest
+                change does not count.
         """
+        if moves_before is not None and self.moved > moves_before:
+            return None
         now = self.clock()
         permit = self._pass(now)
-        if permit is not None or not self._may_probe(now):
-            return permit
-        with self._lock:
-            permit = self._lease(now)
-        self._announce()
+        if permit is None and self._may_probe(now):
+            with self._lock:
+                permit = self._lease(now)
+            self._announce()
+        if permit is not None and seconds:
+            permit.has_run(seconds)
         return permit
 
     def refusal(self) -> CircuitOpenError:

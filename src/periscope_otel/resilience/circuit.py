@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from opentelemetry import trace
@@ -39,6 +40,11 @@ REJECTED: Final = len(OUTCOMES)
 
 _INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
+
+moves: Final = [0]
+"""The number of the latest change of any breaker: what began before it can be told by that."""
+
+_move_numbers: Final = count(1)
 
 listeners_of_all: Final[list[Callable[[Transition], None]]] = []
 """Those that are told of the transitions of every breaker."""
@@ -77,6 +83,10 @@ class Permit:
         self.failure = failure
         self.span_context = span_context
 
+    def has_run(self, seconds: float) -> None:
+        """Take note that the call began before the permit was taken."""
+        self._seconds += seconds
+
     def pause(self) -> None:
         """Stop its time: a generator is at a `yield`, and the consumer has the word."""
         self._seconds = self.seconds(now := self.breaker.clock())
@@ -108,8 +118,8 @@ class Circuit:
     __slots__ = (
         "__weakref__", "_closed_since", "_error_type", "_failed_in_a_row", "_generation",
         "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
-        "_reason", "_state", "_successes", "_until", "_window", "clock", "counts", "name",
-        "policy", "rng", "sharing",
+        "_reason", "_state", "_successes", "_until", "_window", "clock", "counts", "moved",
+        "name", "policy", "rng", "sharing",
     )  # fmt: skip
 
     def __init__(
@@ -136,6 +146,8 @@ class Circuit:
         self._listeners: tuple[Callable[[Transition], None], ...] = ()
         self._state: State = "closed"
         self._generation = 0
+        self.moved = 0
+        """The number, as in `moves`, of its latest change."""
         self._openings = 0
         self._until: float | None = None
         self._reason: str | None = None
@@ -360,6 +372,7 @@ class Circuit:
         before = self._state
         self._state = to
         self._generation += 1
+        moves[0] = self.moved = next(_move_numbers)
         self._leases = None
         self._successes = 0
         self._failed_in_a_row = 0
