@@ -38,6 +38,11 @@ def set_strict(strict: bool) -> None:
     _strict = strict
 
 
+def is_strict() -> bool:
+    """Return whether internal errors are raised."""
+    return _strict
+
+
 def report(place: str, error: BaseException) -> None:
     """Count an error of our own and log it, at most once a minute for each place.
 
