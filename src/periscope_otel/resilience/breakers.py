@@ -13,6 +13,7 @@ from periscope_otel import guard
 from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.circuit import COUNTED, Circuit, listeners_of_all
 from periscope_otel.resilience.policy import DEFAULT_POLICY
+from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -88,12 +89,9 @@ class Breakers(Generic[_Made]):
         if found is not None:
             return found
         if self._watched >= MOST_WATCHED:
-            guard.warn(
-                "watched breakers",
-                "client spans name more than %d dependencies: further ones have no breaker. "
-                "Map them to fewer names with a matcher",
-                MOST_WATCHED,
-            )
+            if self._watched == MOST_WATCHED:
+                self._watched += 1
+                worker.post(_warn_of_many)  # a handler of the log may be slow, and a call waits
             return None
         made = self._new(name)
         self._watched += 1
@@ -206,12 +204,14 @@ class Breakers(Generic[_Made]):
     def set_aside(self) -> Iterator[None]:
         """Begin at nothing for a block, such as a test; what was there before is there after.
 
-        Breakers that were made by name are new ones in the block; those that somebody holds stay.
+        Breakers that were made by name are new ones in the block; those that somebody holds stay,
+        and so do the defaults, without those that the block adds.
         """
         with self._lock:
             before = dict(vars(self))
             counts = [(tally, list(tally.counts)) for tally in self._tallies]
             self._made, self._watched, self._past, self._transitions = {}, 0, {}, {}
+            self._defaults = dict(self._defaults)
             self._tallies = list(self._tallies)
             for tally, _ in counts:
                 tally.counts[:] = [0] * len(tally.counts)
@@ -225,7 +225,7 @@ class Breakers(Generic[_Made]):
                 begun = [tally for tally in self._tallies if id(tally.counts) not in known]
                 for tally in begun:  # somebody may hold it, and it counts from here on
                     tally.counts[:] = [0] * len(tally.counts)
-                for name in ("_made", "_watched", "_past", "_transitions"):
+                for name in ("_made", "_watched", "_past", "_transitions", "_defaults"):
                     setattr(self, name, before[name])
                 self._tallies = [tally for tally, _ in counts] + begun
 
@@ -237,6 +237,15 @@ class Breakers(Generic[_Made]):
         for tally in self._tallies:
             tally.counts[:] = [0] * len(tally.counts)
         self._past, self._transitions = {}, {}
+
+
+def _warn_of_many() -> None:
+    guard.warn(
+        "watched breakers",
+        "client spans name more than %d dependencies: further ones have no breaker. "
+        "Map them to fewer names with a matcher",
+        MOST_WATCHED,
+    )
 
 
 def _add(totals: dict[str, list[int]], name: str, counts: list[int]) -> None:

@@ -82,18 +82,18 @@ def failure_of(span: ReadableSpan) -> Failure | None:
     status = _http_status(attributes)
     if status is not None and status >= 400:
         return classify_status(status, _retry_after(attributes))
+    error_type = _text(attributes, ERROR_TYPE)
     code = span.status.status_code
+    if error_type is None and (code is StatusCode.OK or (status and code is StatusCode.UNSET)):
+        return None
     exception = _exception_of(span)
-    if error_type := _text(attributes, ERROR_TYPE):
+    if error_type:
         return _failure_of_type(error_type, exception, attributes)
-    # An exception beside a good status has failed the call only if it says so.
-    if exception and (code is StatusCode.ERROR or (status is None and code is StatusCode.UNSET)):
+    if exception is not None:
         return classify_name(*exception)
-    if status is None and code is StatusCode.ERROR:
-        return _failure_of_description(span.status.description)
-    if status is None and code is StatusCode.UNSET and _is_http(attributes):
-        return _CANCELLED
-    return None
+    if code is StatusCode.ERROR:
+        return None if status else _failure_of_description(span.status.description)
+    return _CANCELLED if _is_http(attributes) else None
 
 
 def _attributes_of(span: ReadableSpan) -> Mapping[str, Any]:

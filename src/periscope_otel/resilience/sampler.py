@@ -154,7 +154,8 @@ def sampler_from_file(root: Any = None, **options: Any) -> RecordOnlySampler:
         **options: `kinds` and `names`: lists of kinds of span and of names.
 
     Example:
-        >>> sampler_from_file(root="always_off", kinds=["client", "producer"]).records
+        >>> sampler_from_file(root="always_off", kinds=["client", "producer"]).get_description()
+        'RecordOnlySampler{AlwaysOffSampler}'
     """
     given: dict[str, Any] = {}
     if (kinds := options.pop("kinds", None)) is not None:

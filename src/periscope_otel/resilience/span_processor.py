@@ -58,7 +58,8 @@ class BreakerSpanProcessor(SpanProcessor):
     A client span counts on the breaker that is named as its host (`breakers.get("host")`), and
     only if nothing else counts the call: a guard of that breaker around it, or a client span for
     the same dependency that it is nested in. Spans are seen only if they are recorded: see
-    `RecordOnlySampler`.
+    `RecordOnlySampler`. It has to run where spans begin and end, as the SDK's default has it:
+    threads of a `ConcurrentMultiSpanProcessor` cannot see what guards the caller.
 
     Args:
         matcher: Gives the name of a client span's breaker; None if it is not to be counted. It is
@@ -76,19 +77,17 @@ class BreakerSpanProcessor(SpanProcessor):
 
     def on_start(self, span: Span, parent_context: Context | None = None) -> None:
         """Take a permit for a client span, if its dependency is known already."""
-        if not open_spans and span.kind is not _CLIENT:
-            return
         try:
-            self._begin(span, parent_context)
+            if open_spans or span.kind is _CLIENT:
+                self._begin(span, parent_context)
         except Exception as error:  # noqa: BLE001 - in the caller's path
             _contain(error)
 
     def on_end(self, span: ReadableSpan) -> None:
         """Settle the permit of a span."""
-        if not open_spans and not permits_by_span:
-            return
         try:
-            self._end(span)
+            if open_spans or permits_by_span:
+                self._end(span)
         except Exception as error:  # noqa: BLE001 - in the caller's path
             _contain(error)
 
@@ -106,7 +105,7 @@ class BreakerSpanProcessor(SpanProcessor):
         is_client = span.kind is _CLIENT
         if not is_client and above is None:
             return
-        span_id = span.context.span_id
+        span_id = span.get_span_context().span_id
         if self._is_shut_down or span_id in open_spans:  # or another processor was first
             return
         context = get_current() if parent_context is None else parent_context
@@ -131,6 +130,8 @@ class BreakerSpanProcessor(SpanProcessor):
 
     def _end(self, span: ReadableSpan) -> None:
         context = span.context
+        if context is None:  # of no span that this SDK makes
+            return
         span_id = context.span_id
         if permits_by_span:
             settle_awaiting(span_id)
