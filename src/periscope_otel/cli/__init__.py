@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from periscope_otel.cli import dlq
+from periscope_otel.cli import breaker, dlq
 from periscope_otel.settings import SETTINGS, SettingsError, load
 from periscope_otel.version import __version__
 
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(dlq.app, name="dlq")
+app.add_typer(breaker.app, name="breaker")
 
 
 def _show_version(wanted: bool) -> None:

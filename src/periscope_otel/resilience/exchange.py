@@ -134,7 +134,7 @@ class Exchange:
 
     def named(self, names: set[str]) -> list[Talk]:
         """Return the talks of breakers of these names."""
-        return [one for one in list(self._talks.values()) if one.name in names]
+        return [self.begin(one) for one in self.living() if one.name in names]
 
     def next_turn(self) -> list[Circuit]:
         """Return the breakers whose turn it is to be polled."""
@@ -201,8 +201,10 @@ class Exchange:
         transition = moved.transition
         by_hand = fresh and transition.reason == "manual" and time.monotonic() - moved.at < _FRESH
         if moved.adopted != talk.adopted and not by_hand:
-            if talk.known is not None:  # others were first: once more, since it may lie between
-                self._adopt(talk, moved.breaker, talk.known)
+            # Others were first. Once more what they say, since this may lie between the two.
+            (record,) = self._records.read([talk.name])
+            if isinstance(record, Record):
+                self._adopt(talk, moved.breaker, record)
             return
         if moved.adopted != talk.adopted:
             moved.breaker.adopt(transition.to_state, reason="manual")

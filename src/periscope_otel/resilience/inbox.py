@@ -14,8 +14,8 @@ from typing import Any, Final, Generic, TypeVar
 
 _Item = TypeVar("_Item")
 
-# One that needs no file descriptor of its own, where there is such a one.
-_Selector: Final[Any] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+Selector: Final[Any] = getattr(selectors, "PollSelector", selectors.SelectSelector)
+"""One that needs no file descriptor of its own, where there is such a one."""
 
 
 class Inbox(Generic[_Item]):
@@ -54,7 +54,7 @@ class Inbox(Generic[_Item]):
             timeout: Seconds at most.
             other: The other socket.
         """
-        with _Selector() as selector:
+        with Selector() as selector:
             selector.register(self._reader, selectors.EVENT_READ)
             if other is not None and other.fileno() >= 0:
                 selector.register(other, selectors.EVENT_READ)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import selectors
+import time
 from typing import TYPE_CHECKING, Any, Final
 
 from periscope_otel.redis_link import errors
+from periscope_otel.resilience.inbox import Selector
 from periscope_otel.resilience.records import EVENTS, event_of
 
 if TYPE_CHECKING:
@@ -50,6 +53,16 @@ class Listening:
         """What there is something to read at when a message comes."""
         connection = getattr(self._pubsub, "connection", None)
         return getattr(connection, "_sock", None)
+
+    def wait(self, timeout: float) -> None:
+        """Wait until there may be something to read, for so many seconds at most."""
+        waited_for = self.socket
+        if waited_for is None or waited_for.fileno() < 0:
+            time.sleep(timeout)
+            return
+        with Selector() as selector:
+            selector.register(waited_for, selectors.EVENT_READ)
+            selector.select(timeout)
 
     def events(self) -> list[Event]:
         """Return what has come; waits for nothing."""

@@ -70,6 +70,11 @@ class Record(NamedTuple):
             return True
         return self.generation > known.generation
 
+    @property
+    def version(self) -> tuple[str, int]:
+        """Its epoch and generation."""
+        return self.epoch, self.generation
+
 
 class DamagedRecordError(Exception):
     """What is there is no record of a breaker."""
@@ -113,6 +118,8 @@ class Event(NamedTuple):
     open_for: float | None
     at: float
     """When, in Unix time of the Redis."""
+    version: tuple[str, int]
+    """The epoch and generation of the record from then on."""
 
 
 class Records:
@@ -254,11 +261,12 @@ def event_of(message: object) -> Event | None:
         open_for = None if open_for is None else min(float(open_for) / 1000, _LONGEST_OPEN)
         at = min(max(float(told.get("at", 0)) / 1000, 0.0), 2.0**40)
         reason = clean_name(told.get("reason", ""), 40)
+        version = clean_name(told["epoch"], 16), int(told["generation"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
     if not name or after not in STATES or not at >= 0 or not (open_for or 0) >= 0:  # NaN too
         return None
-    return Event(name, before if before in STATES else None, after, reason, open_for, at)
+    return Event(name, before if before in STATES else None, after, reason, open_for, at, version)
 
 
 def _moment(answer: Any) -> int:

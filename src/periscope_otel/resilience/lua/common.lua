@@ -72,6 +72,7 @@ local function save(record, before)
     -- Whoever may not publish shares by the others' polls.
     redis.pcall('PUBLISH', CHANNEL, cjson.encode({
         name = NAME, from = before, to = record.state, reason = record.reason, at = NOW,
+        epoch = record.epoch, generation = record.generation,
         open_for = record.state == 'open' and math.max(0, record['until'] - NOW) or nil,
     }))
 end

@@ -1,0 +1,100 @@
+"""Forks while verdicts are exchanged; each child opens a breaker and hears of the parent's.
+
+Argument: the Redis's URL.
+"""
+
+import os
+import sys
+import time
+import traceback
+import warnings
+
+from periscope_otel import guard
+from periscope_otel.failure import Failure
+from periscope_otel.redis_link import RedisLink
+from periscope_otel.resilience.breaker import breakers
+from periscope_otel.resilience.records import Records
+from periscope_otel.resilience.shared import SharedVerdicts
+
+URL = sys.argv[1]
+FAILED = Failure("error", "ConnectionError", "failure", retryable=True)
+CHILDREN = 20
+
+warnings.simplefilter("ignore", DeprecationWarning)  # of threads and forks, from Python 3.12 on
+guard.set_strict(True)
+breakers.defaults("*", open_time=0.1, jitter=0.0)
+
+
+def until(happened):
+    deadline = time.monotonic() + 20.0
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def trip(breaker):
+    for _ in range(5):
+        breaker.acquire().settle(FAILED)
+
+
+def probe(breaker):
+    """Have one call probe, under a lease that all know of."""
+    found = []
+
+    def passed():
+        permit = breaker.allow()
+        if permit is not None:
+            found.append(permit)
+        return permit is not None
+
+    until(passed)
+    assert found[0].lease is not None
+    found[0].settle()
+
+
+def in_child(number):
+    own = breakers.get(f"child{number}")
+    trip(own)
+    until(lambda: own.retry_after == 0)
+    until(lambda: verdicts.answers)
+    time.sleep(0.1)
+    probe(own)
+    probe(own)
+    until(lambda: own.state == "closed")
+    until(lambda: breakers.get("parents").state == "forced_open")
+
+
+verdicts = SharedVerdicts(RedisLink(URL), breakers)
+breakers.share(verdicts)
+verdicts.start()
+parents, busy = breakers.get("parents"), breakers.get("busy")
+children = []
+for number in range(CHILDREN):
+    busy.force_open()
+    busy.reset()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            in_child(number)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    children.append(pid)
+time.sleep(0.5)
+parents.force_open()
+assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * CHILDREN
+print(f"all {CHILDREN} children shared")
+
+link = RedisLink(URL)
+seen = Records(link).read([f"child{number}" for number in range(CHILDREN)])
+assert {one.state for one in seen} == {"closed"}
+own = breakers.get("own")
+trip(own)
+time.sleep(0.2)
+probe(own)
+assert verdicts.close()
+link.close()
+print("the parent shares still")

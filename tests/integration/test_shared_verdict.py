@@ -1,0 +1,858 @@
+"""Verdicts on breakers, shared by processes through a real Redis or Valkey."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+from redis.crc import key_slot
+from redis.exceptions import RedisError
+from redis_servers import NoServerError, RedisServer
+
+from periscope_otel.failure import Failure
+from periscope_otel.redis_link import RedisLink
+from periscope_otel.resilience.breaker import Breaker
+from periscope_otel.resilience.records import (
+    INDEX,
+    MOST_NAMES,
+    DamagedRecordError,
+    Record,
+    Records,
+    Verdict,
+    leases_key,
+    new_epoch,
+    record_key,
+)
+from periscope_otel.resilience.shared import SharedVerdicts
+from periscope_otel.telemetry.worker import worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from periscope_otel.resilience.circuit import Permit
+    from periscope_otel.resilience.transition import Transition
+
+WITHIN = 15.0
+SOON = 2.0
+"""Within this time a poll has found what no message has told."""
+FAILED = Failure("error", "ConnectTimeout", "failure", retryable=True)
+_numbers = itertools.count()
+
+
+class Clock:
+    """Monotonic seconds that a test can set forward."""
+
+    def __init__(self) -> None:
+        self.ahead = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() + self.ahead
+
+
+class Side:
+    """What a process has: verdicts that it shares, and breakers."""
+
+    def __init__(self, url: str) -> None:
+        self.breakers: list[Breaker] = []
+        self.verdicts = SharedVerdicts(RedisLink(url), self.breakers)
+        self.seen: list[Transition] = []
+
+    def breaker(self, name: str, **changes) -> Breaker:
+        made = Breaker(name, **({"jitter": 0.0, "open_time": 0.2} | changes))
+        made.sharing = self.verdicts
+        made.listen(self.seen.append)
+        self.breakers.append(made)
+        return made
+
+    @property
+    def steps(self) -> list[tuple[str, str]]:
+        """The states that its breakers went through."""
+        worker.finish_posted(WITHIN)
+        return [(one.from_state, one.to_state) for one in self.seen]
+
+
+@pytest.fixture(scope="module", params=["redis", "valkey"])
+def server(request, tmp_path_factory) -> Iterator[RedisServer]:
+    try:
+        made = RedisServer(request.param, tmp_path_factory.mktemp(request.param))
+    except NoServerError as error:
+        pytest.skip(str(error))
+    with made:
+        yield made
+
+
+@pytest.fixture
+def client(server):
+    with server.client as made:
+        made.flushall()
+        yield made
+
+
+@pytest.fixture
+def side(server, client) -> Iterator[Callable[..., Side]]:
+    """Return what makes sides: each stands for a process."""
+    made: list[Side] = []
+
+    def make(*, start: bool = True) -> Side:
+        one = Side(server.url)
+        made.append(one)
+        if start:
+            one.verdicts.start()
+            until(lambda: _has_met(one, client))
+        return one
+
+    yield make
+    for one in made:
+        one.verdicts.close()
+        for breaker in one.breakers:
+            breaker.sharing = None
+
+
+def _has_met(side: Side, client) -> bool:
+    """Whether a side listens already."""
+    return side.verdicts._listening.socket is not None
+
+
+@pytest.fixture
+def name() -> str:
+    return f"feed{next(_numbers)}.example"
+
+
+@pytest.fixture
+def records(server) -> Iterator[Records]:
+    link = RedisLink(server.url, 5.0)
+    yield Records(link)
+    link.close()
+
+
+def until(happened: Callable[[], object], within: float = WITHIN) -> float:
+    """Wait for something; returns the seconds that it took."""
+    began = time.monotonic()
+    while not happened():
+        assert time.monotonic() - began < within, "it has not happened"
+        time.sleep(0.002)
+    return time.monotonic() - began
+
+
+def trip(breaker: Breaker) -> None:
+    """Have five calls in a row fail."""
+    for _ in range(5):
+        fail(breaker.acquire())
+    assert breaker.state == "open"
+
+
+def fail(permit: Permit) -> None:
+    permit.settle(FAILED)
+
+
+def wait_until_over(*breakers: Breaker) -> None:
+    """Wait until the open time is over, here and by the Redis's clock."""
+    until(lambda: all(one.retry_after == 0 for one in breakers))
+    time.sleep(0.03)
+
+
+def may_probe(breaker: Breaker, within: float = WITHIN) -> Permit:
+    """Ask until a call may pass; returns its permit."""
+    found: list[Permit] = []
+
+    def asked() -> bool:
+        permit = breaker.allow()
+        if permit is not None:
+            found.append(permit)
+        return permit is not None
+
+    until(asked, within)
+    return found[0]
+
+
+def recorded(records: Records, name: str) -> Record | None:
+    (found,) = records.read([name])
+    assert not isinstance(found, DamagedRecordError)
+    return found
+
+
+# --- one verdict for all -------------------------------------------------------------------------
+
+
+def test_what_one_has_found_the_others_take_over(side, name):
+    """A breaker that opens in one process is open in the others, with the same time and reason."""
+    a, b = side(), side()
+    one, two = a.breaker(name, open_time=30.0), b.breaker(name, open_time=30.0)
+    trip(one)
+    until(lambda: two.state == "open", SOON)
+    assert two.retry_after == pytest.approx(30.0, abs=1.0)
+    assert two.refusal().reason == "consecutive_failures"
+    assert b.steps == [("closed", "open")]
+    assert b.seen[0].adopted
+
+
+def test_probes_of_several_processes_close_it_for_all(side, name):
+    """Successes count together: two processes' one each close it everywhere."""
+    sides = [side() for _ in range(3)]
+    one, two, three = (each.breaker(name) for each in sides)
+    trip(one)
+    until(lambda: two.state == three.state == "open")
+    may_probe(one).settle()
+    may_probe(two).settle()
+    until(lambda: {one.state, two.state, three.state} == {"closed"})
+    assert all(each.steps[-1] == ("half_open", "closed") for each in sides)
+
+
+def test_a_probe_that_fails_opens_it_for_all(side, name):
+    """The next open time is the longer one, for everybody."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    trip(one)
+    until(lambda: two.state == "open")
+    fail(may_probe(two))
+    until(lambda: one.state == "open" and (one.retry_after or 0) > 0.2, SOON)
+    assert one.refusal().reason == "probe_failed"
+
+
+def test_only_so_many_probe_at_the_same_time(side, name):
+    """With one probe's lease out, other processes' calls are rejected, and told to come back."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    trip(one)
+    until(lambda: two.state == "open")
+    probe = may_probe(one)
+    until(lambda: two.state == "half_open", SOON)
+    assert [two.allow() for _ in range(20)] == [None] * 20
+    assert two.retry_after > 0
+    probe.settle()
+    assert may_probe(two, SOON).lease is not None
+
+
+def test_as_many_probe_as_the_policy_says(side, name):
+    """`probes` leases are out at a time, of all processes together."""
+    sides = [side() for _ in range(4)]
+    made = [each.breaker(name, probes=2) for each in sides]
+    trip(made[0])
+    until(lambda: all(each.state == "open" for each in made))
+    may_probe(made[0])
+    may_probe(made[1])
+    time.sleep(0.15)  # for longer than a denial holds
+    assert [each.allow() for each in made[2:]] == [None, None]
+
+
+def test_a_lease_that_ends_makes_room(side, name):
+    """A process that dies in a probe does not keep the others out; its late result is nothing."""
+    a, b = side(), side()
+    one, two = (each.breaker(name, lease=0.3) for each in (a, b))
+    trip(one)
+    until(lambda: two.state == "open")
+    late = may_probe(one)
+    probe = may_probe(two, SOON)
+    late.settle()
+    time.sleep(0.1)
+    assert (one.state, two.state) == ("half_open", "half_open")
+    probe.settle()
+    may_probe(two, SOON).settle()
+    until(lambda: one.state == two.state == "closed")
+
+
+def test_an_ignored_probe_only_gives_its_lease_back(side, name):
+    """A cancelled probe neither closes nor opens it; the next one may go at once."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    trip(one)
+    until(lambda: two.state == "open")
+    may_probe(one).settle(Failure("cancelled", "CancelledError", "ignored", retryable=False))
+    assert may_probe(two, SOON).lease is not None
+    assert {one.state, two.state} == {"half_open"}
+
+
+def test_of_two_that_open_at_the_same_time_one_is_first(side, records, name):
+    """The loser takes over the winner's time: one record, one generation."""
+    sides = [side() for _ in range(4)]
+    made = [each.breaker(name, open_time=10.0 * n) for n, each in enumerate(sides, 1)]
+    for _ in range(4):
+        for each in made:
+            fail(each.acquire())
+    barrier = threading.Barrier(4)
+
+    def last(each: Breaker) -> None:
+        permit = each.acquire()
+        barrier.wait()
+        fail(permit)
+
+    threads = [threading.Thread(target=last, args=(each,)) for each in made]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    until(lambda: len({round(each.retry_after or 0) for each in made}) == 1, SOON)
+    found = recorded(records, name)
+    assert found.generation == 1
+    assert all(each.retry_after == pytest.approx(found.open_for, abs=1) for each in made)
+
+
+def test_what_is_done_by_hand_counts_everywhere(side, name):
+    """`force_open`, `disable`, `observe` and `reset` in one process are those of all."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    for act, state in (
+        (one.force_open, "forced_open"),
+        (two.disable, "disabled"),
+        (one.observe, "observe"),
+        (two.reset, "closed"),
+    ):
+        act()
+        until(lambda state=state: one.state == two.state == state, SOON)
+
+
+def test_what_is_done_by_hand_twice_ends_as_it_was_done_last(side, records, name):
+    """However fast: no step is overridden by the one before it."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    for _ in range(20):
+        one.force_open()
+        one.reset()
+    one.disable()
+    until(lambda: recorded(records, name).state == "disabled")
+    until(lambda: one.state == two.state == "disabled", SOON)
+    time.sleep(0.2)
+    assert (one.state, two.state) == ("disabled", "disabled")
+
+
+def test_a_breaker_that_is_made_later_is_told(side, name):
+    """A process that starts while it is open does not have to fail five times."""
+    a, b = side(), side()
+    trip(a.breaker(name, open_time=30.0))
+    two = b.breaker(name, open_time=30.0)
+    until(lambda: two.state == "open", SOON)
+
+
+def test_the_verdict_of_a_process_that_knew_nothing_counts(side, records, name):
+    """A short-lived process that opens it before it has read that it was closed is heard."""
+    records.change(name, Verdict("closed", "recovered"), None)
+    b = side(start=False)
+    two = b.breaker(name)
+    trip(two)
+    b.verdicts.start()
+    until(lambda: recorded(records, name).state == "open")
+    assert two.state == "open"
+
+
+def test_a_retry_after_is_shared(side, name):
+    """A dependency that says when to come back is left alone by all for as long."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    one.acquire().settle(
+        Failure("error", "429", "ignored", retryable=True, retry_after=77.0, reason="rate_limit")
+    )
+    until(lambda: two.state == "open", SOON)
+    assert two.retry_after == pytest.approx(77.0, abs=1.0)
+
+
+# --- asking --------------------------------------------------------------------------------------
+
+
+def test_fifty_workers_send_one_probe(side, name):
+    """Of fifty threads of five processes that call as it may be probed, one does."""
+    sides = [side() for _ in range(5)]
+    made = [each.breaker(name, open_time=0.3) for each in sides]
+    trip(made[0])
+    until(lambda: all(each.state == "open" for each in made))
+    wait_until_over(*made)
+    barrier = threading.Barrier(50)
+    passed: list[Permit] = []
+
+    def call(each: Breaker) -> None:
+        barrier.wait()
+        permit = each.allow()
+        if permit is not None:
+            passed.append(permit)
+
+    threads = [threading.Thread(target=call, args=(each,)) for each in made for _ in range(10)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert len(passed) <= 1
+    assert (passed or [may_probe(made[0])])[0].lease is not None
+
+
+def test_where_calls_do_not_wait_the_next_one_passes(side, name):
+    """With `probe_wait=0` the call that asks is rejected, and the next one has the lease."""
+    breaker = side().breaker(name, probe_wait=0.0)
+    trip(breaker)
+    wait_until_over(breaker)
+    began = time.monotonic()
+    assert breaker.allow() is None
+    assert time.monotonic() - began < 0.05
+    assert may_probe(breaker, SOON).lease is not None
+
+
+def test_rare_calls_that_do_not_wait_pass_too(side, name, monkeypatch):
+    """Where each lease would be gone before the next call comes, that call decides alone."""
+    monkeypatch.setattr("periscope_otel.resilience.talk.HELD", 0.05)
+    breaker = side().breaker(name, probe_wait=0.0)
+    trip(breaker)
+    wait_until_over(breaker)
+    talk = breaker.sharing._exchange.begin(breaker)
+    for _ in range(2):
+        assert breaker.allow() is None
+        until(lambda: talk.goes_back_at is not None)
+        until(lambda: talk.goes_back_at is None)
+        permit = breaker.allow()
+        if permit is not None:
+            break
+    assert permit is not None
+    permit.settle()
+    until(lambda: breaker.allow() is not None)
+
+
+def test_a_lease_that_nobody_takes_goes_back(side, client, name, monkeypatch):
+    """An answer that came too late is no probe that is out."""
+    monkeypatch.setattr("periscope_otel.resilience.talk.HELD", 0.1)
+    breaker = side().breaker(name, probe_wait=0.0)
+    trip(breaker)
+    wait_until_over(breaker)
+    assert breaker.allow() is None
+    until(lambda: client.zcard(leases_key(name)) == 1)
+    until(lambda: client.zcard(leases_key(name)) == 0)
+
+
+async def test_a_coroutine_asks_without_holding_the_loop_up(side, name):
+    """While one waits for an answer the others go on."""
+    breaker = side().breaker(name)
+    trip(breaker)
+    wait_until_over(breaker)
+    longest, last = 0.0, time.monotonic()
+
+    async def tick() -> None:
+        nonlocal longest, last
+        while True:
+            await asyncio.sleep(0.001)
+            longest, last = max(longest, time.monotonic() - last), time.monotonic()
+
+    ticking = asyncio.create_task(tick())
+    permit = None
+    while permit is None:
+        permit = await breaker.allow_async()
+        await asyncio.sleep(0)
+    ticking.cancel()
+    assert permit.lease is not None
+    assert longest < 0.04
+
+
+async def test_a_coroutine_waits_no_longer_than_it_may(side, server, name):
+    """With a Redis that hangs the loop goes on, and after `probe_wait` the call is decided on."""
+    breaker = side().breaker(name)
+    trip(breaker)
+    await asyncio.sleep(0.3)
+    server.pause()
+    try:
+        began = time.monotonic()
+        permit = await breaker.allow_async()
+        assert permit is not None
+        assert permit.lease is None
+        assert time.monotonic() - began < 0.3
+    finally:
+        server.resume()
+
+
+async def test_a_cancelled_question_loses_no_lease(side, client, name):
+    """The lease of a call that was cancelled as it asked is the next call's."""
+    breaker = side().breaker(name, probe_wait=5.0)
+    trip(breaker)
+    await asyncio.sleep(0.3)
+    asking = asyncio.create_task(breaker.allow_async())
+    await asyncio.sleep(0)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    until(lambda: client.zcard(leases_key(name)) == 1)
+    permit = breaker.allow()
+    assert permit is not None
+    assert permit.lease is not None
+    assert client.zcard(leases_key(name)) == 1
+
+
+def test_calls_that_pass_ask_nobody(side, client, name):
+    """A closed breaker has no record, and its calls cost the Redis nothing."""
+    breaker = side().breaker(name)
+    for _ in range(100):
+        breaker.acquire().settle()
+    time.sleep(0.05)
+    assert client.dbsize() == 0
+
+
+def test_a_breaker_of_this_redis_is_not_shared(side, server, client):
+    """Whether the Redis can be reached is for each process to find out."""
+    a = side()
+    for own in ("127.0.0.1", f"127.0.0.1:{server.port}"):
+        breaker = a.breaker(own)
+        trip(breaker)
+        wait_until_over(breaker)
+        assert breaker.acquire().lease is None
+    time.sleep(0.05)
+    assert client.dbsize() == 0
+
+
+# --- a feed that is fetched once an hour ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("redis_answers", [True, False])
+def test_an_hourly_feed_recovers_at_its_first_call(side, server, name, redis_answers):
+    """Open time over long ago: one question, and the call passes; also without an answer."""
+    clock = Clock()
+    breaker = side().breaker(name, clock=clock)
+    trip(breaker)
+    time.sleep(0.3)
+    clock.ahead = 3600.0
+    if not redis_answers:
+        server.pause()
+    try:
+        permit = breaker.allow()
+        assert permit is not None
+        assert (permit.lease is not None) == redis_answers
+        permit.settle()
+        clock.ahead += 3600.0
+        second = may_probe(breaker, 1.0)
+        second.settle()
+        assert breaker.state == "closed"
+    finally:
+        if not redis_answers:
+            server.resume()
+
+
+# --- a Redis that is away, slow, wiped or damaged ------------------------------------------------
+
+
+def test_after_everything_was_removed_the_verdict_is_written_again(side, records, client, name):
+    """No process closes because of a wipe, and none has to find out again."""
+    a, b = side(), side()
+    one, two = a.breaker(name, open_time=30.0), b.breaker(name, open_time=30.0)
+    trip(one)
+    until(lambda: two.state == "open")
+    epoch = recorded(records, name).epoch
+    client.flushall()
+    until(lambda: recorded(records, name) is not None, SOON)
+    found = recorded(records, name)
+    assert found.epoch != epoch
+    assert found.state == "open"
+    assert found.open_for == pytest.approx(30.0, abs=4.0)
+    time.sleep(1.2)
+    assert a.steps == b.steps == [("closed", "open")]
+    assert recorded(records, name).generation == 1
+
+
+def test_after_a_wipe_one_of_all_probes(side, client, name):
+    """Leases are as good as before."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    trip(one)
+    until(lambda: two.state == "open")
+    wait_until_over(one, two)
+    client.flushall()
+    assert may_probe(one, SOON).lease is not None
+    until(lambda: two.state == "half_open", SOON)
+    time.sleep(0.15)
+    assert two.allow() is None
+
+
+def test_a_closed_breaker_stays_closed_in_a_wipe(side, client, name):
+    """Nothing is written, and nothing happens."""
+    a = side()
+    breaker = a.breaker(name)
+    trip(breaker)
+    may_probe(breaker).settle()
+    may_probe(breaker).settle()
+    until(lambda: client.hget(record_key(name), "state") == b"closed")
+    steps = a.steps
+    client.flushall()
+    time.sleep(1.3)
+    assert (a.steps, client.dbsize()) == (steps, 0)
+
+
+@pytest.mark.parametrize("fault", ["kill", "pause"])
+def test_with_the_redis_away_each_process_decides_alone(side, server, client, name, fault):
+    """No call waits for long, none raises, and probes go on; on return they agree again."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    trip(one)
+    until(lambda: two.state == "open")
+    getattr(server, fault)()
+    try:
+        waited = []
+        for breaker in (one, two):
+            began = time.monotonic()
+            permit = may_probe(breaker)
+            assert permit.lease is None
+            for _ in range(20):
+                started = time.monotonic()
+                breaker.allow()
+                waited.append(time.monotonic() - started)
+            fail(permit)
+            assert breaker.state == "open"
+            assert time.monotonic() - began < 5.0
+        assert sum(waited) < 1.0
+    finally:
+        server.start() if fault == "kill" else server.resume()
+    until(lambda: _state_of(server, name) is not None)
+    until(lambda: a.verdicts.answers and b.verdicts.answers)
+    may_probe(one).settle()
+    may_probe(one).settle()
+    until(lambda: one.state == two.state == "closed")
+    assert max(Counter(a.steps).values()) <= 4
+    assert max(Counter(b.steps).values()) <= 4
+
+
+def _state_of(server: RedisServer, name: str) -> bytes | None:
+    try:
+        with server.client as client:
+            return client.hget(record_key(name), "state")
+    except RedisError:
+        return None
+
+
+def test_what_was_found_in_an_outage_is_told_afterwards(side, server, client, name):
+    """The newest verdict of each breaker is published when the Redis is back."""
+    a, b = side(), side()
+    one, two = a.breaker(name, open_time=60.0), b.breaker(name, open_time=60.0)
+    server.kill()
+    try:
+        trip(one)
+        until(lambda: not a.verdicts.answers)
+    finally:
+        server.start()
+    until(lambda: two.state == "open")
+    assert two.retry_after < 60.0
+
+
+def test_a_lost_message_is_found_by_the_poll(side, client, name, records):
+    """Without any message a process knows within about a second."""
+    a = side()
+    breaker = a.breaker(name)
+    until(lambda: breaker.sharing._exchange.talk(breaker) is not None)
+    for number, value in (
+        ("state", "forced_open"), ("generation", 1), ("epoch", new_epoch()), ("until", 0),
+        ("reason", "manual"), ("openings", 0), ("successes", 0), ("since", 0),
+    ):  # fmt: skip
+        client.hset(record_key(name), number, value)
+    until(lambda: breaker.state == "forced_open", SOON)
+
+
+def test_a_subscription_that_breaks_is_made_again(side, client, name):
+    """Messages are heard again after the server has ended the connection."""
+    a, b = side(), side()
+    one, two = a.breaker(name), b.breaker(name)
+    client.client_kill_filter(_type="pubsub")
+    until(lambda: client.pubsub_numsub("cb:events")[0][1] == 2)
+    one.force_open()
+    until(lambda: two.state == "forced_open", SOON)
+    assert a.verdicts.answers
+
+
+def test_an_older_generation_is_ignored_and_repaired(side, client, name, records):
+    """A replica that lagged behind when it took over changes nothing, and is put right."""
+    a = side()
+    breaker = a.breaker(name)
+    breaker.force_open()
+    until(lambda: recorded(records, name) is not None)
+    breaker.disable()
+    until(lambda: recorded(records, name).generation == 2)
+    client.hset(record_key(name), mapping={"generation": 1, "state": "forced_open"})
+    until(lambda: recorded(records, name).generation > 2, SOON)
+    assert recorded(records, name).state == breaker.state == "disabled"
+    assert a.steps == [("closed", "forced_open"), ("forced_open", "disabled")]
+
+
+def test_a_record_of_another_epoch_is_taken_over(side, client, name, records):
+    """However small its generation is."""
+    a = side()
+    breaker = a.breaker(name)
+    breaker.force_open()
+    until(lambda: recorded(records, name) is not None)
+    breaker.observe()
+    until(lambda: recorded(records, name).generation == 2)
+    client.delete(record_key(name))
+    records.change(name, Verdict("disabled", "manual"), None)
+    until(lambda: breaker.state == "disabled", SOON)
+
+
+DAMAGE = {
+    "state": b"broken",
+    "generation": b"-1",
+    "epoch": b"\xff" * 16,
+    "until": b"9" * 90,
+    "reason": b"x" * 5000,
+    "openings": b"nan",
+    "successes": b"\x00",
+}
+
+
+@pytest.mark.parametrize("field", DAMAGE)
+def test_a_damaged_record_is_ignored_and_told_once(side, client, name, field, caplog):
+    """It changes nothing here; the next verdict replaces it."""
+    a = side()
+    breaker = a.breaker(name)
+    sound = {
+        "state": "open", "generation": 3, "epoch": new_epoch(), "until": 0, "reason": "auth",
+        "openings": 1, "successes": 0, "since": 1,
+    }  # fmt: skip
+    with caplog.at_level(logging.WARNING, "periscope_otel"):
+        client.hset(record_key(name), mapping=sound | {field: DAMAGE[field]})
+        until(lambda: caplog.records, SOON)
+        client.hset(record_key(name), "since", 2)
+        time.sleep(1.1)
+    assert len(caplog.records) == 1
+    assert breaker.state == "closed"
+    trip(breaker)
+    assert may_probe(breaker).lease is not None
+
+
+def test_a_key_of_another_kind_is_replaced(side, client, name):
+    """Whatever lies where the record belongs."""
+    client.set(record_key(name), "x")
+    client.set(leases_key(name), "x")
+    client.set(INDEX, "x")
+    breaker = side().breaker(name)
+    trip(breaker)
+    assert may_probe(breaker).lease is not None
+    assert client.zscore(INDEX, name) is not None
+
+
+def test_nothing_stays_for_ever_but_what_an_operator_has_set(side, client, name, records):
+    """All keys expire a week after the last change; forced states stay."""
+    breaker = side().breaker(name)
+    trip(breaker)
+    may_probe(breaker)
+    keys = {key.decode() for key in client.keys()}  # noqa: SIM118
+    assert keys == {record_key(name), leases_key(name), INDEX}
+    assert all(0 < client.ttl(key) <= 7 * 86400 for key in keys)
+    breaker.force_open()
+    until(lambda: client.ttl(record_key(name)) == -1)
+    until(lambda: client.ttl(INDEX) == -1)
+    breaker.reset()
+    until(lambda: client.ttl(record_key(name)) > 0)
+    until(lambda: client.ttl(INDEX) > 0)
+
+
+def test_the_index_is_bounded(client, records):
+    """Those that changed longest ago give way."""
+    client.zadd(INDEX, {f"old{n}": 10**14 + n for n in range(MOST_NAMES)})
+    records.change("new", Verdict("forced_open", "manual"), None)
+    assert client.zcard(INDEX) == MOST_NAMES
+    assert client.zscore(INDEX, "old0") is None
+
+
+@pytest.mark.parametrize("odd", ["a}b{c", "{x}", "a}:probes", "100%", "ü{", "a b", "%7B"])
+def test_any_name_has_one_slot_and_its_own_keys(side, client, odd):
+    """Braces and whatever else is in a name: both keys of it hash alike."""
+    breaker = side().breaker(odd)
+    trip(breaker)
+    assert may_probe(breaker).lease is not None
+    keys = record_key(breaker.name), leases_key(breaker.name)
+    slots = {key_slot(key.encode()) for key in keys}
+    assert len(slots) == 1
+    assert client.exists(*keys) == 2
+
+
+def test_keys_of_different_names_differ():
+    """Also where one is written like the other's key."""
+    names = ["a", "a}", "{a}", "a}:probes", "%7Da", "}a", "a:probes"]
+    keys = [record_key(one) for one in names] + [leases_key(one) for one in names]
+    assert len(set(keys)) == len(keys)
+
+
+def test_it_is_said_once_that_the_redis_is_away(side, server, name, caplog):
+    """Not at every attempt."""
+    a = side()
+    breaker = a.breaker(name)
+    server.kill()
+    try:
+        with caplog.at_level(logging.WARNING, "periscope_otel"):
+            until(lambda: caplog.records)
+            for _ in range(3):
+                trip(breaker)
+                breaker.reset()
+            time.sleep(0.5)
+        assert len(caplog.records) == 1
+        assert "decides alone" in caplog.text
+    finally:
+        server.start()
+
+
+# --- beginning and ending ------------------------------------------------------------------------
+
+
+def test_close_tells_what_is_not_told_yet(side, records, name):
+    """A job that opens a breaker and ends has told it."""
+    a = side(start=False)
+    breaker = a.breaker(name)
+    a.verdicts.start()
+    trip(breaker)
+    assert a.verdicts.close(5.0)
+    assert recorded(records, name).state == "open"
+
+
+def test_after_close_the_process_decides_alone(side, name):
+    """Nothing raises, and nothing waits."""
+    a = side()
+    breaker = a.breaker(name)
+    assert a.verdicts.close()
+    trip(breaker)
+    wait_until_over(breaker)
+    permit = breaker.acquire()
+    assert permit.lease is None
+    permit.settle()
+    assert a.verdicts.close()
+    a.verdicts.start()
+    assert not a.verdicts.answers
+
+
+def test_close_gives_leases_back(side, client, name):
+    """A process that ends keeps nobody waiting for a lease that it does not use."""
+    a = side()
+    breaker = a.breaker(name, probe_wait=0.0)
+    trip(breaker)
+    wait_until_over(breaker)
+    assert breaker.allow() is None
+    until(lambda: client.zcard(leases_key(name)) == 1)
+    a.verdicts.close()
+    assert client.zcard(leases_key(name)) == 0
+
+
+def test_it_starts_when_it_is_first_asked(side, name):
+    """Whoever forgets `start` has it at the first question."""
+    a = side(start=False)
+    breaker = a.breaker(name)
+    trip(breaker)
+    wait_until_over(breaker)
+    breaker.allow()
+    until(lambda: a.verdicts.answers)
+
+
+def test_breakers_that_are_gone_are_forgotten(side, name):
+    """They are not kept alive, and cost no poll."""
+    a = side()
+    for n in range(20):
+        trip(a.breaker(f"{name}-{n}"))
+    until(lambda: len(a.verdicts._exchange._talks) == 20)
+    a.breakers.clear()
+    a.seen.clear()
+    until(lambda: gc.collect() is not None and not a.verdicts._exchange._talks, 5.0)
+
+
+def test_many_breakers_are_polled_in_turns(side, client, monkeypatch, name):
+    """No poll looks at more than so many; all have their turn."""
+    monkeypatch.setattr("periscope_otel.resilience.exchange.MOST_POLLED", 10)
+    monkeypatch.setattr("periscope_otel.resilience.shared.POLL", 0.05)
+    a = side()
+    made = [a.breaker(f"{name}-{n:02}") for n in range(25)]
+    for breaker in made:
+        client.hset(record_key(breaker.name), mapping={
+            "state": "forced_open", "generation": 1, "epoch": new_epoch(), "until": 0,
+            "reason": "manual", "openings": 0, "successes": 0, "since": 0,
+        })  # fmt: skip
+    until(lambda: all(each.state == "forced_open" for each in made))

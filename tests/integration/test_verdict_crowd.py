@@ -1,0 +1,227 @@
+"""Eight processes and one Redis before a dependency that fails: what reaches it, and what not."""
+
+from __future__ import annotations
+
+import json
+import socketserver
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import pytest
+from processes import running
+from redis_servers import NoServerError, RedisServer
+
+from periscope_otel.resilience.records import EVENTS, event_of, record_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from processes import Program
+
+PROCESSES = 8
+NAME = "feed.example"
+WITHIN = 30.0
+
+
+class Dependency:
+    """Counts the connections to it; each gets `+`, or is closed without a word where it fails."""
+
+    def __init__(self) -> None:
+        self.requests: list[float] = []
+        self.fails = True
+        outer = self
+
+        class Handler(socketserver.BaseRequestHandler):
+            def handle(self) -> None:
+                outer.requests.append(time.monotonic())
+                if not outer.fails:
+                    self.request.sendall(b"+")
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            request_queue_size = 64
+
+        self._server = Server(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_address[1]
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def since(self, when: float) -> int:
+        """Return how many requests have come since then."""
+        return sum(one > when for one in self.requests)
+
+
+class Crowd:
+    """Processes that call the dependency."""
+
+    def __init__(self, programs: list[Program]) -> None:
+        self._programs = programs
+
+    def tell_all(self) -> None:
+        """Have all of them go on to what comes next: calling, and then the end."""
+        for one in self._programs:
+            one.tell()
+
+    def reports(self) -> list[Report]:
+        """End all of them; returns what they tell."""
+        self.tell_all()
+        found = [Report(**json.loads(one.line())) for one in self._programs]
+        for one in self._programs:
+            assert one.ended().status == 0
+        return found
+
+
+class Report(NamedTuple):
+    """What a process tells at its end."""
+
+    steps: list[Any]
+    errors: list[str]
+    calls: int
+    longest: float
+    state: str
+    closed: bool
+    internal_errors: dict[str, int]
+
+    @property
+    def states(self) -> list[tuple[str, str]]:
+        """The steps of its breaker."""
+        return [(before, after) for _, before, after, _ in self.steps]
+
+
+@pytest.fixture
+def server(tmp_path) -> Iterator[RedisServer]:
+    try:
+        made = RedisServer("redis", tmp_path / "redis")
+    except NoServerError as error:
+        pytest.skip(str(error))
+    with made:
+        yield made
+
+
+@pytest.fixture
+def dependency() -> Iterator[Dependency]:
+    with Dependency() as made:
+        yield made
+
+
+@contextmanager
+def crowd(server: RedisServer, dependency: Dependency, open_time: float) -> Iterator[Crowd]:
+    """Give processes that are ready to call."""
+    arguments = server.url, str(dependency.port), NAME, str(open_time)
+    with ExitStack() as stack:
+        programs = [
+            stack.enter_context(running("verdict_crowd", *arguments)) for _ in range(PROCESSES)
+        ]
+        for one in programs:
+            assert one.line() == "ready"
+        yield Crowd(programs)
+
+
+def until(happened: Callable[[], object]) -> float:
+    began = time.monotonic()
+    while not happened():
+        assert time.monotonic() - began < WITHIN, "it has not happened"
+        time.sleep(0.01)
+    return time.monotonic() - began
+
+
+def state(server: RedisServer) -> bytes | None:
+    with server.client as client:
+        return client.hget(record_key(NAME), "state")
+
+
+@contextmanager
+def probing_told(server: RedisServer) -> Iterator[list[float]]:
+    """Collect when it became half open, for a block."""
+    times: list[float] = []
+    with server.client as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+        pubsub.subscribe(EVENTS)
+        ended = threading.Event()
+
+        def read() -> None:
+            while not ended.is_set():
+                message = pubsub.get_message(timeout=0.05)
+                event = event_of(message["data"]) if message else None
+                if event is not None and event.to_state == "half_open":
+                    times.append(event.at)
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            yield times
+        finally:
+            ended.set()
+            thread.join()
+
+
+def test_while_it_is_open_only_probes_reach_the_dependency(server, dependency, capsys):
+    """Of eight processes' calls it gets the probes, and those in flight as one of them opened."""
+    with crowd(server, dependency, 0.5) as processes, probing_told(server) as probing:
+        processes.tell_all()
+        time.sleep(6.0)
+        reports = processes.reports()
+    opened = min(step[0] for one in reports for step in one.steps)
+    heard = max(one.steps[0][0] for one in reports)
+    after = dependency.since(opened)
+    with capsys.disabled():
+        print(
+            f"\n{PROCESSES} processes, {len(dependency.requests)} requests: "
+            f"{len(dependency.requests) - after} until one opened, {after} in the "
+            f"{6.0:.0f} s after it, of which {len(probing)} were probes; the last process heard "
+            f"of it after {(heard - opened) * 1000:.1f} ms; longest allow() "
+            f"{max(one.longest for one in reports) * 1000:.1f} ms"
+        )
+    assert 1 <= len(probing) <= 5
+    assert after <= len(probing) + PROCESSES
+    assert all(one.errors == [] and one.closed and one.internal_errors == {} for one in reports)
+
+
+@pytest.mark.usefixtures("uncovered")
+def test_a_forked_child_shares_by_itself(server):
+    """Each child has a thread and connections of its own; parent and children hear each other."""
+    with running("verdict_forks", server.url) as program:
+        ended = program.ended()
+    assert ended.status == 0, ended.stderr
+    assert ended.lines == ["all 20 children shared", "the parent shares still"]
+
+
+def test_without_its_redis_nothing_breaks_and_nothing_flaps(server, dependency, capsys):
+    """Killed in mid-run, wiped, and the dependency well again: no error, few steps, all closed."""
+    with crowd(server, dependency, 1.0) as processes:
+        processes.tell_all()
+        until(lambda: state(server) == b"open")
+        server.kill()
+        killed = time.monotonic()
+        time.sleep(5.0)
+        alone = dependency.since(killed)
+        server.start()
+        back = until(lambda: state(server) is not None)
+        with server.client as client:
+            client.flushall()
+        wiped = until(lambda: state(server) is not None)
+        dependency.fails = False
+        recovered = until(lambda: state(server) == b"closed")
+        time.sleep(1.5)
+        reports = processes.reports()
+    most = max(len(one.steps) for one in reports)
+    with capsys.disabled():
+        print(
+            f"\n{PROCESSES} processes, 5 s without the Redis: {alone} requests; a verdict was "
+            f"there {back:.2f} s after its return and {wiped:.2f} s after a wipe; closed "
+            f"{recovered:.2f} s after the dependency was well; at most {most} steps a process; "
+            f"longest allow() {max(one.longest for one in reports) * 1000:.1f} ms"
+        )
+    assert all(one.errors == [] and one.internal_errors == {} for one in reports)
+    assert {one.state for one in reports} == {"closed"}
+    # One way through closed, open and half open for each open time that there was, and no more.
+    assert most <= 16
+    assert all(one.states.count(("half_open", "closed")) <= 2 for one in reports)
+    assert alone <= PROCESSES * 4
