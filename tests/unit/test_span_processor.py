@@ -149,7 +149,11 @@ def test_our_own_spans_are_no_dependencies(make):
     assert list(breakers) == []
 
 
-@pytest.mark.parametrize("key", [_SUPPRESS_INSTRUMENTATION_KEY, _SUPPRESS_HTTP_INSTRUMENTATION_KEY])
+@pytest.mark.parametrize(
+    "key",
+    [_SUPPRESS_INSTRUMENTATION_KEY, _SUPPRESS_HTTP_INSTRUMENTATION_KEY],
+    ids=["all", "http"],  # the keys themselves are others in each process
+)
 def test_what_is_to_be_quiet_is_not_counted(tracer, key):
     """In the current context as in a given one."""
     quiet = otel_context.set_value(key, True)
