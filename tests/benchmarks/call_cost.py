@@ -34,6 +34,7 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from subjects import BREAKER, FEED, FOUR_LABELS, OUR_LABELS, hand_written, ours
 
 from periscope_otel import monitored
+from periscope_otel.telemetry import names
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -48,7 +49,7 @@ EMPTY_COROUTINE = "empty coroutine"
 BARE, BARE_METHOD, CLOSURE = "call without an SDK", "method without an SDK", "empty closure"
 
 
-@monitored("store_async", feed=FEED, breaker=BREAKER)
+@monitored("store_async", feed=FEED, attributes={names.BREAKER_NAME: BREAKER})
 async def monitored_coroutine() -> None:
     """Do nothing, monitored."""
 

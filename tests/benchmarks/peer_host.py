@@ -25,7 +25,7 @@ def ours() -> dict[str, Subject]:
     """Our call: span and metrics with exemplar."""
     pipeline = Pipeline()
 
-    @monitored("fetch", feed="urlhaus", breaker="urlhaus.abuse.ch")
+    @monitored("fetch", feed="urlhaus", attributes={"circuit_breaker.name": "urlhaus.abuse.ch"})
     def function(url: str) -> None:
         """Do nothing, monitored."""
 

@@ -118,7 +118,7 @@ def drain_ours(pipeline: Pipeline) -> Callable[[], None]:
     return drain
 
 
-@monitored(OPERATION, feed=FEED, breaker=BREAKER)
+@monitored(OPERATION, feed=FEED, attributes={names.BREAKER_NAME: BREAKER})
 def monitored_function() -> None:
     """Do nothing, monitored."""
 
