@@ -36,26 +36,36 @@ from environments import interpreter
 from harness import Measure, arguments, here, interleave, ratio, spread, start_report
 from hosts import Host
 
-CALLS = (
+ONE = (
     "permit", "call", "pybreaker", "span by hand", "recorded", "guarded", "watched", "client span",
     "watched client span", "rejected", "rejected, counted only", "retry", "stamina",
-    "one of many", "one alone",
 )  # fmt: skip
+MANY = ("one of many", "one alone")
+
+
+def host(kind: str) -> Host:
+    """Start a process that measures."""
+    path = os.pathsep.join([str(here().parents[1] / "src"), str(here())])
+    return Host(
+        here() / "resilience_host.py",
+        kind,
+        python=interpreter("resilience"),
+        environment={"PYTHONPATH": path},
+    )
 
 
 def main() -> None:
     """Measure and report."""
     options = arguments(__doc__, rounds=40, calls=2_000)
     report = start_report(__doc__, options)
-    path = os.pathsep.join([str(here().parents[1] / "src"), str(here())])
-    with Host(
-        here() / "resilience_host.py",
-        python=interpreter("resilience"),
-        environment={"PYTHONPATH": path},
-    ) as host:
-        memory = host.ask("memory", 10_000)["bytes"] / 1e6
+    with host("one") as one:
+        memory = one.ask("memory", 10_000)["bytes"] / 1e6
         rounds = interleave(
-            {name: host.subject(name) for name in CALLS}, options.rounds, options.calls
+            {name: one.subject(name) for name in ONE}, options.rounds, options.calls
+        )
+    with host("many") as many:
+        rounds |= interleave(
+            {name: many.subject(name) for name in MANY}, options.rounds, options.calls * 10
         )
 
     def of(what: str, over: str, under: str, clock: str, target: float | None = None) -> Measure:

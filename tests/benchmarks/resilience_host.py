@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import tracemalloc
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,15 @@ def ours_alone() -> dict[str, Subject]:
         "pybreaker": Subject(lambda: theirs.call(nothing)),
         "retry": Subject(retried),
         "stamina": Subject(stamina_retried),
+    }
+
+
+def many_breakers() -> dict[str, Subject]:
+    """Ten thousand breakers in turn, and one as often."""
+    many = {f"host-{number}.example": Breaker(f"host-{number}.example") for number in range(MANY)}
+    alone = dict.fromkeys(many, Breaker("alone.example"))
+    names, same_names = itertools.cycle(many), itertools.cycle(alone)
+    return {
         "one of many": Subject(lambda: many[next(names)].allow().settle()),
         "one alone": Subject(lambda: alone[next(same_names)].allow().settle()),
     }
@@ -142,7 +152,7 @@ def memory(count: int) -> Sample:
 
 def subjects() -> dict[str, Callable[[int], Sample]]:
     """Return all of them."""
-    made = {**ours_alone(), **monitored_calls()}
+    made = many_breakers() if sys.argv[1] == "many" else {**ours_alone(), **monitored_calls()}
     return {"memory": memory, **{name: subject.measure for name, subject in made.items()}}
 
 

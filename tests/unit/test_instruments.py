@@ -108,7 +108,6 @@ TABLE = {
     LAST_SUCCESS: (GAUGE, "s", {"threat.feed.name"}),
     LAST_ITEM: (GAUGE, "s", {"threat.feed.name"}),
     "periscope.internal_errors": (COUNTER, "{error}", {"periscope.component"}),
-    "threat.ingest.operation.retries": (COUNTER, "{retry}", OPERATION_LABELS | {"error.type"}),
     "circuit_breaker.state": (GAUGE, "1", {"circuit_breaker.name", "circuit_breaker.state"}),
     "circuit_breaker.transitions": (
         COUNTER,
