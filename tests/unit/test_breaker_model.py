@@ -206,6 +206,8 @@ class Machine(RuleBasedStateMachine):
         assert view.failures == sum(call.failed for call in window)
         assert view.slow == sum(call.slow for call in window)
         assert self.breaker.retry_after == view.retry_after == model.retry_after()
+        for permit, expected in self.out:
+            assert permit.seconds(self.now) == expected.seconds(self.now)
 
     @invariant()
     def has_told_all(self) -> None:
