@@ -175,8 +175,8 @@ class Retry:
             verdict = self.result(value)
             if not verdict:
                 return None
-        except Exception:  # noqa: BLE001  (the user's predicate must not break the call)
-            guard.warn("result predicate", "the callable given as result= of a Retry raised")
+        except Exception as error:  # noqa: BLE001  (the user's predicate must not break the call)
+            guard.warn("result of a retry", "result= of a Retry raised %s", type(error).__name__)
             return None
         if isinstance(verdict, BaseException):
             return classify(verdict)
@@ -210,8 +210,8 @@ def _asked(on: Callable[[BaseException], bool | None], error: BaseException) -> 
     try:
         verdict = on(error)
         return None if verdict is None else bool(verdict)
-    except Exception:  # noqa: BLE001  (the user's predicate must not break the user's call)
-        guard.warn("retry predicate", "the callable given as on= of a Retry raised")
+    except Exception as raised:  # noqa: BLE001  (the user's predicate must not break the call)
+        guard.warn("on of a retry", "on= of a Retry raised %s", type(raised).__name__)
         return None
 
 

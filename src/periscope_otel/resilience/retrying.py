@@ -289,5 +289,5 @@ class Retrying:
     ) -> None:
         try:
             hook(RetryDetails(self.attempt, wait, failure, self.error, self.dependency))
-        except Exception:  # noqa: BLE001  (the user's hook must not break the user's call)
-            guard.warn("on_retry", "the callable given as on_retry= raised")
+        except Exception as error:  # noqa: BLE001  (the user's hook must not break the call)
+            guard.warn("on_retry of a retry", "on_retry= raised %s", type(error).__name__)
