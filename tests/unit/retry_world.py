@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from periscope_otel.failure import Failure
-from periscope_otel.resilience import budget, pausing, retry
+from periscope_otel.resilience import budget, pausing, retry, retrying
 
 if TYPE_CHECKING:
     import pytest
@@ -33,9 +33,9 @@ class World:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         """Have retries live in this world."""
-        for module in (budget, pausing, retry):
+        for module in (budget, pausing, retry, retrying):
             patch.setattr(module, "_now", self.clock)
-        patch.setattr(retry, "_random", lambda: self.draw)
+        patch.setattr(retrying, "_random", lambda: self.draw)
         patch.setattr(pausing, "_sleep", self.sleep)
         patch.setattr(pausing, "_sleep_async", self.sleep_async)
         patch.setattr(pausing, "LONGEST_SLEEP", 1e9)

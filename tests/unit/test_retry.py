@@ -25,8 +25,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from retry_world import Answer, Says, Script, StatusError, World, waits_long
 
+from periscope_otel import guard
 from periscope_otel.failure import classify
-from periscope_otel.resilience import pausing, retry
+from periscope_otel.resilience import pausing, retry, retrying
 from periscope_otel.resilience.breaker import Breaker
 from periscope_otel.resilience.budget import RetryBudget, budget_of
 from periscope_otel.resilience.errors import CircuitOpenError
@@ -289,7 +290,7 @@ def test_waits_double_up_to_the_cap(world):
 
 def test_the_jitter_is_full_also_at_the_cap(world, monkeypatch):
     """At the cap waits are spread from nothing to all of it."""
-    monkeypatch.setattr(retry, "_random", random.Random(1).random)
+    monkeypatch.setattr(retrying, "_random", random.Random(1).random)
     with pytest.raises(ConnectionError):
         Retry(attempts=1000, base=30.0, deadline=None, budget=False)(Script(ConnectionError()))()
     assert len(world.waits) == 999
@@ -316,7 +317,7 @@ def test_waits_keep_their_bounds(  # noqa: PLR0917  (hypothesis gives them by na
 ):
     """Back-off within its bounds, Retry-After waited in full, no attempt after the deadline."""
     numbers = iter(draws * 200)
-    monkeypatch.setattr(retry, "_random", lambda: next(numbers))
+    monkeypatch.setattr(retrying, "_random", lambda: next(numbers))
     policy = Retry(
         attempts=20, base=base, cap=base + more, deadline=deadline, longest_retry_after=60.0,
         budget=False,
@@ -642,6 +643,25 @@ def test_a_rejection_inside_does_not_replace_the_error(world):
         in_a_loop(Retry(deadline=20.0), function)
 
 
+def test_a_breaker_inside_that_goes_on_rejecting_is_asked_ever_more_rarely(world):
+    """What the function does before it comes to the breaker is not done every second."""
+    world.draw = 0.0
+    rejection = CircuitOpenError("other", "half_open", retry_after=1.0)
+    script = Script(ConnectionError(), rejection)
+    with pytest.raises(ConnectionError):
+        Retry(base=0)(script)()
+    assert world.waits == [1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert script.calls == 9
+
+
+def test_a_breaker_inside_that_nobody_can_tell_of_is_not_waited_for(world):
+    """One that is forced open."""
+    script = Script(ConnectionError(), CircuitOpenError("a", "forced_open"), "done")
+    with pytest.raises(ConnectionError):
+        Retry(base=0)(script)()
+    assert script.calls == 2
+
+
 def test_a_first_attempt_that_is_rejected_is_not_retried(world):
     """The caller gets the CircuitOpenError."""
     breaker = breaker_in(world)
@@ -733,6 +753,34 @@ def test_the_last_exception_is_raised_as_it_is(world):
     assert raised.value.__cause__ is None
     names = [entry.name for entry in raised.traceback]
     assert names[-2:] == ["retried_function", "__call__"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    """An exception that lets nothing be set on it."""
+
+    periscope_failure = Says(retryable=True).periscope_failure
+
+
+def test_an_exception_that_cannot_be_changed_is_raised_too(world):
+    """Also where a rejection comes in between."""
+    error = FrozenError()
+    script = Script(error, CircuitOpenError("a", "forced_open"))
+    with pytest.raises(FrozenError) as raised:
+        Retry(base=0)(script)()
+    assert raised.value is error
+
+
+def test_an_error_of_our_own_ends_the_call_with_the_users(world, monkeypatch):
+    """It is contained, counted, and there is no further attempt."""
+    guard.set_strict(False)
+    monkeypatch.setattr(retrying, "_random", lambda: 1 / 0)
+    function = Script(error := ConnectionError())
+    with pytest.raises(ConnectionError) as raised:
+        Retry()(function)()
+    assert raised.value is error
+    assert function.calls == 1
+    assert guard.counts() == {"retry": 1}
 
 
 @pytest.mark.parametrize("ends", ["well", "badly", "with a shutdown"])

@@ -19,7 +19,7 @@ LONGEST_SLEEP: Final = 0.5
 
 
 class _Gate:
-    """What threads sleep at while it is shut; opening it is safe in a signal handler.
+    """What threads sleep at until it is opened, once; that is safe in a signal handler.
 
     `threading.Event` is not: a handler that sets one hangs where it has interrupted its `wait`.
     """
@@ -37,10 +37,6 @@ class _Gate:
         self.is_open = True
         with suppress(RuntimeError):  # it is open already
             self._lock.release()
-
-    def shut(self) -> None:
-        self.is_open = False
-        self._lock.acquire(blocking=False)
 
 
 _end = _Gate()
@@ -98,7 +94,9 @@ def shutting_down() -> None:
 
 def resumed() -> None:
     """Let attempts wait again: the process goes on after all."""
-    _end.shut()
+    global _end
+    if _end.is_open:
+        _end = _Gate()
 
 
 def _after_fork_in_child() -> None:

@@ -170,9 +170,8 @@ class _Course:
 
     def _tell(self, failure: Failure, error: Exception | None, value: object) -> None:
         retrying = self._retrying
-        before = retrying.attempt
         self._wait = retrying.after(failure, error, value)
-        if self._wait is not None and retrying.attempt > before:  # it was not a rejected one
+        if self._wait is not None and not retrying.rejected:
             tell_where_it_is(_short_name(self._name), retrying.attempt, self._wait, failure)
 
     def again(self) -> bool:
