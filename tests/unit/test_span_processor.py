@@ -595,11 +595,21 @@ def test_errors_are_bounded_while_nothing_reports_them(make, monkeypatch):
     assert guard.counts() == {"breaker span processor": 100}
 
 
-@pytest.mark.parametrize("name", [5, b"x", "", (), object()])
+@pytest.mark.parametrize("name", [5, b"x", "", " ", "\x00", (), object()])
 def test_what_is_no_name_names_no_breaker(make, name):
     """Whatever a matcher returns."""
     call(make(BreakerSpanProcessor(lambda _: name)), 500)
     assert list(breakers) == []
+
+
+def test_a_name_from_a_span_is_made_fit(tracer):
+    """A breaker's name stands in logs and on labels."""
+    call(tracer, 500, "feed\n\x1b[31m.example" + "x" * 10_000)
+    (breaker,) = breakers
+    assert breaker.name.startswith("feed .examplex")
+    assert len(breaker.name) <= 200
+    call(tracer, 500, breaker.name.upper())
+    assert breaker.counts[1] == 2
 
 
 def test_dependencies_are_bounded(tracer, monkeypatch, caplog):
