@@ -149,8 +149,8 @@ _CLASSES: Final[tuple[tuple[str, _Kind, str], ...]] = (
     ("redis.exceptions", _CLIENT, "ResponseError LockError WatchError"),  # see _BY_TEXT
     ("redis.exceptions", _CLIENT, "CrossSlotTransactionError InvalidPipelineStack"),
     ("redis.exceptions", _VALIDATION, "DataError"),
-    ("taxii2client.exceptions", _AUTH, "AccessError"),
-    ("taxii2client.exceptions", _CLIENT, "InvalidArgumentsError"),
+    # AccessError is what the collection has said of itself: nothing was sent, no one refused it.
+    ("taxii2client.exceptions", _CLIENT, "AccessError InvalidArgumentsError"),
     ("taxii2client.exceptions", _VALIDATION, "InvalidJSONError ValidationError"),
     ("pymisp.exceptions", _SERVER, "MISPServerError"),
     ("pymisp.exceptions", _VALIDATION, "MISPObjectException PyMISPInvalidFormat"),

@@ -18,6 +18,7 @@ import aiohttp
 import httpx
 import pytest
 import requests
+import taxii2client.v21
 import urllib3
 from flaky_server import RETRY_AFTER, FlakyServer, flaky_server
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
@@ -35,6 +36,7 @@ from redis.exceptions import RedisError
 from redis.retry import Retry
 from redis_servers import NoServerError, RedisServer
 
+from periscope_otel.failure import classify
 from periscope_otel.resilience.breaker import breakers
 from periscope_otel.resilience.errors import CircuitOpenError
 from periscope_otel.resilience.sampler import RecordOnlySampler
@@ -246,6 +248,23 @@ def test_sampling_changes_nothing(client, sampled, server, watched, instrument):
     get(server.url)
     get(server.url)
     assert watched.breaker.state == "closed"
+
+
+@pytest.mark.parametrize("behaviour", ["500", "401", "404", "429", "reset", "refused", "truncated"])
+def test_a_taxii_client_means_the_same_by_what_it_raises(behaviour, server, watched, instrument):
+    """It calls by requests: the span and the exception agree."""
+    instrument(RequestsInstrumentor)
+    server.behaviour = behaviour
+    with pytest.raises(requests.RequestException) as raised:
+        _ = taxii2client.v21.Server(server.url).title
+    meant = classify(raised.value)
+    assert meant.reason is not None
+    outcomes = ["success", "failure", "ignored"]
+    assert watched.counted == [int(outcome == meant.verdict) for outcome in outcomes]
+    reasons = {"auth": "auth", "rate_limit": "rate_limit"}
+    assert [one.reason for one in watched.told] == [
+        reasons[meant.reason] for _ in range(meant.reason in reasons)
+    ]
 
 
 # What spans cannot tell, and guards can.

@@ -505,7 +505,6 @@ BY_CLASS: list[tuple[str, BaseException | Callable[[], object]]] = [
     ("auth", redis.exceptions.NoPermissionError()),
     ("auth", redis.exceptions.AuthenticationWrongNumberOfArgsError()),
     ("auth", redis.exceptions.ExternalAuthProviderError()),
-    ("auth", taxii2client.exceptions.AccessError()),
     # our own mistake
     ("client", redis.ResponseError("WRONGTYPE Operation against a key")),
     ("client", redis.ResponseError()),
@@ -514,6 +513,7 @@ BY_CLASS: list[tuple[str, BaseException | Callable[[], object]]] = [
     ("client", redis.exceptions.LockError()),
     ("client", redis.exceptions.CrossSlotTransactionError()),
     ("client", redis.exceptions.InvalidPipelineStack()),
+    ("client", taxii2client.exceptions.AccessError()),
     ("client", taxii2client.exceptions.InvalidArgumentsError()),
     # data
     ("validation", ValueError()),

@@ -216,9 +216,9 @@ def test_a_name_may_come_after_the_beginning(tracer):
 
 def test_a_late_name_counts_the_time_from_the_beginning(make):
     """A slow call is slow, whenever it is known whose."""
-    breakers.defaults(HOST, slow_threshold=0.02, minimum_calls=1)
+    breakers.defaults(HOST, slow_threshold=20.0, minimum_calls=1)
     span = redis_command(make())
-    time.sleep(0.03)
+    open_spans[span.get_span_context().span_id].began -= 20.0
     span.end()
     assert breakers.get(HOST).state == "open"
 
@@ -599,11 +599,21 @@ def test_errors_are_bounded_while_nothing_reports_them(make, monkeypatch):
     assert guard.counts() == {"breaker span processor": 100}
 
 
-@pytest.mark.parametrize("name", [5, b"x", "", (), object()])
+@pytest.mark.parametrize("name", [5, b"x", "", " ", "\x00", (), object()])
 def test_what_is_no_name_names_no_breaker(make, name):
     """Whatever a matcher returns."""
     call(make(BreakerSpanProcessor(lambda _: name)), 500)
     assert list(breakers) == []
+
+
+def test_a_name_from_a_span_is_made_fit(tracer):
+    """A breaker's name stands in logs and on labels."""
+    call(tracer, 500, "feed\n\x1b[31m.example" + "x" * 10_000)
+    (breaker,) = breakers
+    assert breaker.name.startswith("feed .examplex")
+    assert len(breaker.name) <= 200
+    call(tracer, 500, breaker.name.upper())
+    assert breaker.counts[1] == 2
 
 
 def test_dependencies_are_bounded(tracer, monkeypatch, caplog):

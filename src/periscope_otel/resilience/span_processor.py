@@ -25,6 +25,7 @@ from opentelemetry.trace import SpanKind
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure
+from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.awaiting import (
     GUARDED_KEY,
     OpenSpan,
@@ -159,8 +160,9 @@ class BreakerSpanProcessor(SpanProcessor):
             opened.permit = breaker.watch(seconds=seconds, moves_before=opened.moves)
 
     def _breaker_of(self, span: ReadableSpan) -> Breaker | None:
-        name = self._name_of(span)
-        return breakers.watched(name) if isinstance(name, str) and name else None
+        given = self._name_of(span)
+        name = clean_name(given) if isinstance(given, str) else ""
+        return breakers.watched(name) if name else None
 
     def _counts(self, opened: OpenSpan, breaker: Breaker) -> bool:
         """Whether a span counts on a breaker: nothing else may count the same call."""
