@@ -39,6 +39,7 @@ class RedisLink:
         from redis.backoff import NoBackoff
         from redis.retry import Retry
 
+        self._given = url, timeout
         self.shown = redact(url)
         """The URL without its password."""
         self.client: Redis = Redis.from_url(url)
@@ -67,6 +68,14 @@ class RedisLink:
             yield self.client
         finally:
             detach(token)
+
+    def renewed(self) -> RedisLink:
+        """Return one to the same Redis that shares nothing with this one.
+
+        For the child of a fork: redis-py makes its pool anew there under a lock that a thread of
+        the parent may have held, and then nobody ever gives it back.
+        """
+        return RedisLink(*self._given)
 
     def close(self) -> None:
         """Close the connections."""
