@@ -27,12 +27,12 @@ class Attempts:
         retry: When to try again.
     """
 
-    __slots__ = ("_dependency", "_operation", "_retry", "_retrying", "_started")
+    __slots__ = ("_dependency", "_operation", "_retry", "_started", "_state")
 
     def __init__(self, operation: Operation, retry: Retry) -> None:
         self._operation = operation
         self._retry = retry
-        self._retrying: Retrying | None = None
+        self._state: Retrying | None = None
         breaker = operation.breaker
         self._dependency = operation.feed or operation.name if breaker is None else breaker.name
         self._started = retry.start(self._dependency)
@@ -43,41 +43,62 @@ class Attempts:
         Raises:
             BaseException: What the last attempt raised, as it is.
         """
-        while True:
-            try:
-                value = call()
-            except Exception as error:
-                if not self._again(error):
-                    raise
-            else:
-                if not self._failed(value) or not self._again(None):
-                    return value
+        try:
+            while True:
+                try:
+                    value = call()
+                except Exception as error:
+                    wait = self._ended(error)
+                    if wait is None and self._is_last(error):
+                        raise
+                else:
+                    if not self._failed(value):
+                        return value
+                    wait = self._ended(None, value)
+                # Outside of the `except`: or the next attempt's errors would be chained to this.
+                if wait is None or not self._retrying.again(wait):
+                    return self._retrying.conclude()
+                self._begin()
+        finally:
+            self._let_go()
 
     async def run_async(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Await what `call` returns, as `run` does, without holding the event loop up."""
-        while True:
-            try:
-                value = await call()
-            except Exception as error:
-                if not await self._again_async(error):
-                    raise
-            else:
-                if not self._failed(value) or not await self._again_async(None):
-                    return value
+        try:
+            while True:
+                try:
+                    value = await call()
+                except Exception as error:
+                    wait = self._ended(error)
+                    if wait is None and self._is_last(error):
+                        raise
+                else:
+                    if not self._failed(value):
+                        return value
+                    wait = self._ended(None, value)
+                if wait is None or not await self._retrying.again_async(wait):
+                    return self._retrying.conclude()
+                self._begin()
+        finally:
+            self._let_go()
 
     def again_before_items(self, error: BaseException) -> bool:
         """Begin the next attempt of a generator that has raised before it gave an item."""
-        again = isinstance(error, Exception) and self._again(error)
-        if again:
-            self._operation.suspend()  # as at a `yield`: it is resumed where it goes on
-        return again
+        if not isinstance(error, Exception):
+            return False
+        wait = self._ended(error)
+        again = wait is not None and self._retrying.again(wait)
+        self._let_go()
+        return again and self._resumed()
 
     async def again_before_items_async(self, error: BaseException) -> bool:
         """Begin the next attempt of an async generator likewise."""
-        again = isinstance(error, Exception) and await self._again_async(error)
-        if again:
-            self._operation.suspend()
-        return again
+        if not isinstance(error, Exception):
+            return False
+        wait = self._ended(error)
+        again = wait is not None and await self._retrying.again_async(wait)
+        self._let_go()
+        return again and self._resumed()
 
     def _failed(self, value: object) -> bool:
         """Whether the attempt failed although it raised nothing."""
@@ -86,34 +107,42 @@ class Attempts:
             operation.failure = self._retry.failure_in(value)
         return operation.failure is not None
 
-    def _again(self, error: Exception | None) -> bool:
-        """Wait and begin the next attempt, if there is to be one; `error` ended the last one."""
-        retrying, wait = self._ended(error)
-        return wait is not None and retrying.again(wait) and self._begin(retrying)
-
-    async def _again_async(self, error: Exception | None) -> bool:
-        retrying, wait = self._ended(error)
-        return wait is not None and await retrying.again_async(wait) and self._begin(retrying)
-
-    def _ended(self, error: Exception | None) -> tuple[Retrying, float | None]:
-        """Settle the attempt that has ended; returns seconds until the next one, None for none."""
-        operation, retry = self._operation, self._retry
-        retrying = self._retrying
-        if retrying is None:
-            retrying = self._retrying = retry.begin(
-                self._started, self._dependency, breaker=operation.breaker
+    @property
+    def _retrying(self) -> Retrying:
+        if self._state is None:
+            self._state = self._retry.begin(
+                self._started, self._dependency, breaker=self._operation.breaker
             )
+        return self._state
+
+    def _ended(self, error: Exception | None, value: object = None) -> float | None:
+        """Settle the attempt that has ended; returns seconds until the next one, None for none."""
+        operation, retry, retrying = self._operation, self._retry, self._retrying
         failure = operation.failure if error is None else failure_of(error)
         if failure is None:
-            return retrying, None
-        if operation.attempts < retry.attempts and retry.wants(failure, error):
+            return None
+        if operation.attempts < retry.attempts and retry.may_retry(failure, error):
             operation.settle_attempt(failure, error)  # the breaker is asked for the next one
-        wait = retrying.after(failure, error)
-        retrying.error = None  # or its traceback would refer to it, by way of this frame
+        wait = retrying.after(failure, error, value)
         if wait is not None:
-            tell_of_retry(operation.span, operation.series, retrying.attempt, wait, failure)
-        return retrying, wait
+            operation.settle_attempt(failure, error)
+            if not retrying.rejected:
+                tell_of_retry(operation.span, operation.series, retrying.attempt, wait, failure)
+        return wait
 
-    def _begin(self, retrying: Retrying) -> bool:
-        self._operation.begin_again(retrying.permit)
+    def _is_last(self, error: Exception) -> bool:
+        """Whether the caller gets this one: what is rejected inside a later attempt counts not."""
+        return not self._retrying.rejected or self._retrying.error is error
+
+    def _begin(self) -> None:
+        self._operation.begin_again(self._retrying.permit)
+        self._operation.attempts = self._retrying.attempt + 1
+
+    def _resumed(self) -> bool:
+        self._begin()
+        self._operation.suspend()  # as at a `yield`: it is resumed where it goes on
         return True
+
+    def _let_go(self) -> None:
+        if self._state is not None:
+            self._state.let_go()

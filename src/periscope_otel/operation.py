@@ -248,7 +248,6 @@ class Operation:
 
     def begin_again(self, permit: Permit | None) -> None:
         """Begin a further attempt: what the one before has counted stays, what it said is void."""
-        self.attempts += 1
         self.permit = permit
         self.failure = None
         if self._ledger is not None:
@@ -431,9 +430,11 @@ class Operation:
 
     def _settle_permit(self, permit: Permit) -> None:
         """Settle it, unless the span's end has; see that nothing of it is left behind."""
-        with guard.contained("breaker"):
+        try:
             settle_awaiting(self.span.get_span_context().span_id)
             permit.settle()
+        except Exception as own_error:  # noqa: BLE001
+            guard.report("breaker", own_error)
 
     def _record(self, telemetry: Telemetry, outcome: str, error_type: str | None) -> None:
         series = self.series

@@ -45,10 +45,6 @@ def ours_alone() -> dict[str, Subject]:
     breaker, theirs = Breaker(BREAKER), pybreaker.CircuitBreaker()
     retried = Retry()(nothing)
     stamina_retried = stamina.retry(on=ConnectionError)(nothing)
-    many = {f"host-{number}.example": Breaker(f"host-{number}.example") for number in range(MANY)}
-    names = itertools.cycle(many)
-    alone = dict.fromkeys(many, breaker)
-    same_names = itertools.cycle(alone)
     return {
         "permit": Subject(lambda: breaker.allow().settle()),
         "call": Subject(lambda: breaker.call(nothing)),
@@ -88,7 +84,7 @@ def monitored_calls() -> dict[str, Subject]:
         try:
             never_made()
         except CircuitOpenError:
-            pass
+            return
 
     def telling(pipeline: Pipeline, most: int) -> Callable[[], None]:
         switch = use(telemetry_of(pipeline))

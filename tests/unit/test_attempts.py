@@ -8,51 +8,27 @@ import weakref
 from typing import Any
 
 import pytest
+from retry_world import World
 
 import periscope_otel as periscope
 from periscope_otel.resilience import pausing
-from periscope_otel.resilience import retry as retry_module
-from periscope_otel.resilience.budget import forget_budgets
 
 RETRIES = "threat.ingest.operation.retries"
 
 
-class Clock:
-    """Seconds that pass by waiting, and when a test says so."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-        self.waits: list[float] = []
-
-    def __call__(self) -> float:
-        return self.now
-
-    def wait(self, seconds: float) -> None:
-        self.waits.append(seconds)
-        self.now += seconds
-
-    async def wait_async(self, seconds: float) -> None:
-        await asyncio.sleep(0)
-        self.wait(seconds)
-
-
 @pytest.fixture(autouse=True)
-def clock(monkeypatch) -> Clock:
+def world(monkeypatch) -> World:
     """Let no test wait for real; every wait is the longest that the jitter allows."""
-    clock = Clock()
-    for module in (retry_module, pausing):
-        monkeypatch.setattr(module, "_now", clock)
-    monkeypatch.setattr(retry_module, "_random", lambda: 1.0)
-    monkeypatch.setattr(pausing, "_sleep", clock.wait)
-    monkeypatch.setattr(pausing, "_sleep_async", clock.wait_async)
-    forget_budgets()
-    return clock
+    world = World()
+    world.now = 1000.0
+    world.install(monkeypatch)
+    return world
 
 
 @pytest.fixture
-def breaker(clock) -> periscope.Breaker:
+def breaker(world) -> periscope.Breaker:
     return periscope.Breaker(
-        "feed.example", consecutive_failures=2, open_time=10.0, jitter=0.0, clock=clock
+        "feed.example", consecutive_failures=2, open_time=10.0, jitter=0.0, clock=world.clock
     )
 
 
@@ -175,39 +151,53 @@ def test_each_attempt_has_a_permit(shape, breaker, captured_telemetry):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_waits_for_the_breaker_and_takes_the_probe(shape, breaker, clock, captured_telemetry):
+def test_it_waits_for_the_breaker_and_takes_the_probe(shape, breaker, world, captured_telemetry):
     """Where attempts open the breaker, the next one waits until it may probe."""
-    began = clock.now
+    began = world.now
     assert shape(Flaky(2), retry=periscope.Retry(attempts=3), breaker=breaker)() == "done"
-    assert clock.now - began >= 10.0
+    assert world.now - began >= 10.0
     assert breaker.state == "half_open"
     assert breaker.view().outcomes == {"success": 1, "failure": 2, "ignored": 0}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_wait_for_the_breaker_that_does_not_fit_gives_up_at_once(
-    shape, breaker, clock, captured_telemetry
+    shape, breaker, world, captured_telemetry
 ):
     """Where the open time is beyond the deadline, the original exception is raised at once."""
-    began, flaky = clock.now, Flaky(9)
+    began, flaky = world.now, Flaky(9)
     with pytest.raises(ConnectionError):
         shape(flaky, retry=periscope.Retry(attempts=9, deadline=5.0), breaker=breaker)()
     assert flaky.calls == 2
-    assert clock.now - began < 5.0
+    assert world.now - began < 5.0
     assert captured_telemetry.operation("fetch").outcome == "error"
 
 
-def test_a_first_attempt_does_not_wait_for_the_breaker(breaker, clock, captured_telemetry):
+def test_a_first_attempt_does_not_wait_for_the_breaker(breaker, world, captured_telemetry):
     """An open breaker rejects the first attempt at once, with `CircuitOpenError`."""
     for _ in range(2):
         with pytest.raises(ConnectionError):
             _function(Flaky(1), breaker=breaker)()
     with pytest.raises(periscope.CircuitOpenError):
         _function(Flaky(0), breaker=breaker, retry=periscope.Retry())()
-    assert clock.waits == []
+    assert world.waits == []
 
 
-def test_a_forced_open_breaker_is_not_waited_for(breaker, clock, captured_telemetry):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_rejection_inside_of_a_later_attempt_is_not_what_the_caller_gets(
+    shape, breaker, world, captured_telemetry
+):
+    """Where a breaker that the call meets inside rejects the next attempt, the first error stays."""
+
+    def body() -> None:
+        _function(Flaky(9), breaker=breaker)()
+
+    with pytest.raises(ConnectionError):
+        shape(body, retry=periscope.Retry(attempts=9, deadline=5.0))()
+    assert breaker.view().in_flight == 0
+
+
+def test_a_forced_open_breaker_is_not_waited_for(breaker, world, captured_telemetry):
     """A breaker that an operator has opened ends the attempts with the original exception."""
 
     def fail() -> None:
@@ -216,7 +206,7 @@ def test_a_forced_open_breaker_is_not_waited_for(breaker, clock, captured_teleme
 
     with pytest.raises(ConnectionError):
         _function(fail, breaker=breaker, retry=periscope.Retry())()
-    assert clock.waits == []
+    assert world.waits == []
 
 
 @pytest.mark.parametrize("is_async", [False, True])
@@ -245,12 +235,12 @@ def test_a_generator_is_not_tried_again_after_an_item(is_async, captured_telemet
     assert len(calls) == 1
 
 
-def test_a_generators_waits_are_not_its_consumers_time(clock, captured_telemetry):
+def test_a_generators_waits_are_not_its_consumers_time(world, captured_telemetry):
     """Waiting for a further attempt counts as the generator's own time."""
     flaky = Flaky(1)
     _generator(flaky, retry=periscope.Retry(attempts=2, base=4.0))()
     consumed = captured_telemetry.operation("fetch").attributes["threat.ingest.consumer.duration"]
-    assert clock.waits
+    assert world.waits
     assert consumed < 1.0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from periscope_otel import guard
 from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.circuit import COUNTED, Circuit, listeners_of_all
 from periscope_otel.resilience.policy import DEFAULT_POLICY
+from periscope_otel.telemetry.names import OTHER
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 
     from periscope_otel.resilience.policy import BreakerPolicy
     from periscope_otel.resilience.transition import Sharing, Transition
+
+MOST_NAMED: Final = 240
+"""Breakers with figures of their own in the metrics; further ones are added up as `other`. Each has
+six series of its state: no instrument reaches its limit of label sets."""
 
 MOST_WATCHED: Final = 1000
 """Breakers that are made only because client spans name their dependencies."""
@@ -33,7 +39,8 @@ class _Tally(NamedTuple):
     """The counts of one breaker, which outlive it."""
 
     breaker: ref[Circuit]
-    name: str
+    label: str
+    """What its figures are added up under: its name, or `other`."""
     counts: list[int]
 
 
@@ -58,6 +65,7 @@ class Breakers(Generic[_Made]):
         self._watched = 0
         self._tallies: list[_Tally] = []
         self._fold_at = _FOLD_AT
+        self._labels: set[str] = set()
         self._past: dict[str, list[int]] = {}
         self._transitions: dict[tuple[str, str, str], int] = {}
 
@@ -139,7 +147,8 @@ class Breakers(Generic[_Made]):
             before = self.find(breaker.name)
             self._made.pop(breaker.name, None)
             self._given[breaker.name] = breaker
-            self._tallies.append(_Tally(ref(breaker), breaker.name, breaker.counts))
+            label = self._label(breaker.name)
+            self._tallies.append(_Tally(ref(breaker), label, breaker.counts))
             if len(self._tallies) > self._fold_at:
                 self._fold()
                 self._fold_at = 2 * len(self._tallies) + _FOLD_AT
@@ -161,27 +170,43 @@ class Breakers(Generic[_Made]):
 
     # Figures, for metrics.
 
-    def states(self) -> list[tuple[str, str]]:
-        """Return the name and the state of each breaker that is found by its name."""
-        return [(breaker.name, breaker.state) for breaker in self]
+    def states(self) -> dict[tuple[str, str], int]:
+        """Return how many breakers that are found by their name are in each state, by label."""
+        with self._lock:
+            found = {**self._made, **dict(self._given.items())}
+            labels = self._labels
+            return Counter(
+                (name if name in labels else OTHER, breaker.state)
+                for name, breaker in found.items()
+            )
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Return what calls have come to, by name and outcome, `rejected` among these."""
+        """Return what calls have come to, by label and outcome, `rejected` among these."""
         with self._lock:
             self._fold()
-            totals = {name: list(counts) for name, counts in self._past.items()}
+            totals = {label: list(counts) for label, counts in self._past.items()}
             for tally in self._tallies:
-                _add(totals, tally.name, tally.counts)
-        return {name: dict(zip(COUNTED, counts, strict=True)) for name, counts in totals.items()}
+                _add(totals, tally.label, tally.counts)
+        return {label: dict(zip(COUNTED, counts, strict=True)) for label, counts in totals.items()}
 
     def transitions(self) -> dict[tuple[str, str, str], int]:
-        """Return how often breakers have changed, by name, old and new state."""
+        """Return how often breakers have changed, by label, old and new state."""
         with self._lock:
             return dict(self._transitions)
 
+    def _label(self, name: str) -> str:
+        """Return what a breaker's figures are added up under: the names that come first stay."""
+        if name in self._labels:
+            return name
+        if len(self._labels) >= MOST_NAMED:
+            return OTHER
+        self._labels.add(name)
+        return name
+
     def _count(self, transition: Transition) -> None:
-        key = transition.name, transition.from_state, transition.to_state
         with self._lock:
+            label = transition.name if transition.name in self._labels else OTHER
+            key = label, transition.from_state, transition.to_state
             self._transitions[key] = self._transitions.get(key, 0) + 1
 
     def _fold(self) -> None:
@@ -189,7 +214,7 @@ class Breakers(Generic[_Made]):
         living = []
         for tally in self._tallies:
             if tally.breaker() is None:
-                _add(self._past, tally.name, tally.counts)
+                _add(self._past, tally.label, tally.counts)
             else:
                 living.append(tally)
         self._tallies = living
@@ -211,7 +236,7 @@ class Breakers(Generic[_Made]):
             before = dict(vars(self))
             counts = [(tally, list(tally.counts)) for tally in self._tallies]
             self._made, self._watched, self._past, self._transitions = {}, 0, {}, {}
-            self._defaults = dict(self._defaults)
+            self._defaults, self._labels = dict(self._defaults), set(self._labels)
             self._tallies = list(self._tallies)
             for tally, _ in counts:
                 tally.counts[:] = [0] * len(tally.counts)
@@ -225,7 +250,7 @@ class Breakers(Generic[_Made]):
                 begun = [tally for tally in self._tallies if id(tally.counts) not in known]
                 for tally in begun:  # somebody may hold it, and it counts from here on
                     tally.counts[:] = [0] * len(tally.counts)
-                for name in ("_made", "_watched", "_past", "_transitions", "_defaults"):
+                for name in ("_made", "_watched", "_past", "_transitions", "_defaults", "_labels"):
                     setattr(self, name, before[name])
                 self._tallies = [tally for tally, _ in counts] + begun
 
@@ -248,9 +273,13 @@ def _warn_of_many() -> None:
     )
 
 
-def _add(totals: dict[str, list[int]], name: str, counts: list[int]) -> None:
-    known = totals.setdefault(name, [0] * len(counts))
-    known[:] = [a + b for a, b in zip(known, counts, strict=True)]
+def _add(totals: dict[str, list[int]], label: str, counts: list[int]) -> None:
+    known = totals.get(label)
+    if known is None:
+        totals[label] = list(counts)
+        return
+    for index, count in enumerate(counts):
+        known[index] += count
 
 
 def renew_in_children(breakers: Breakers[Any]) -> None:
