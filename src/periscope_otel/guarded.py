@@ -6,13 +6,14 @@ as the operation settles, at the end of its span.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
 from opentelemetry.context import get_current
 
 from periscope_otel import guard
-from periscope_otel.call_site import CallSite, contained_call, failure_of
-from periscope_otel.operation import Operation
+from periscope_otel.call_site import CallSite, contained_call
+from periscope_otel.operation import REFUSED_TYPE, enclosing_operation
 from periscope_otel.resilience.breaker import Breaker, breakers
 from periscope_otel.resilience.retry import Retry
 from periscope_otel.telemetry import names
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
     from periscope_otel.call_site import PerCall
+    from periscope_otel.operation import Operation
     from periscope_otel.resilience.circuit import Permit
     from periscope_otel.resilience.errors import CircuitOpenError
 
@@ -37,6 +39,12 @@ if TYPE_CHECKING:
         tuple[Any, ...], Mapping[str, Any] | None, Context | None, Sequence[Link] | None
     ]
     """What `prepare` was given."""
+
+
+_OF_REFUSED: Final[dict[str, AttributeValue]] = {
+    names.OUTCOME: "rejected",
+    names.ERROR_TYPE: REFUSED_TYPE,
+}
 
 
 def call_site(
@@ -153,23 +161,29 @@ class GuardedCallSite(CallSite):
         """Count a call that is not made; with a span, unless there have been many just now."""
         error = breaker.refusal()
         if not breaker.tells_of_rejection() and not self._keeps_rejected:
-            with guard.contained("rejected call"):
-                self._count_rejected(breaker, call)
+            try:
+                self._count_rejected(call)
+            except Exception as own_error:  # noqa: BLE001
+                guard.report("rejected call", own_error)
             return error, None
         operation = self._begun(breaker, None, call)
-        operation.settle(failure_of(error), error)
+        operation.settle(error.periscope_failure, error)
         return error, operation
 
-    def _count_rejected(self, breaker: Breaker, call: _Call) -> None:
+    def _count_rejected(self, call: _Call) -> None:
         telemetry = current.telemetry or discover()
-        if telemetry is None or telemetry.inherited:
-            return
         args, kwargs, parent, _ = call
-        operation = Operation(self._name, self._feed)
-        operation.breaker = breaker
-        self._identify(operation, args, kwargs, get_current() if parent is None else parent)
-        series = telemetry.instruments.labels.series(operation.name, operation.feed)
-        telemetry.instruments.record((0.0, series, "rejected", "CircuitOpenError", None))
+        context = get_current() if parent is None else parent
+        if telemetry is None or telemetry.inherited or context.get(SUPPRESS_KEY):
+            return
+        name, feed = self._name, self._feed
+        if self._per_call:
+            name, feed, _attributes = self._work_out(args, kwargs or {})
+        if feed is None and (enclosing := enclosing_operation(context)) is not None:
+            feed = enclosing.feed
+        instruments = telemetry.instruments
+        series = instruments.labels.series(name, feed)
+        instruments.record((0.0, series, "rejected", REFUSED_TYPE, None))
 
     @property
     def _keeps_rejected(self) -> bool:
@@ -185,6 +199,8 @@ class GuardedCallSite(CallSite):
         attributes = super()._identify(operation, args, kwargs, parent)
         if operation.breaker is not None and names.BREAKER_NAME not in attributes:
             attributes = {**attributes, names.BREAKER_NAME: operation.breaker.name}
+        if operation.refused:
+            attributes = {**attributes, **_OF_REFUSED}
         return attributes
 
     def _breaker_of(

@@ -60,6 +60,9 @@ of the context takes both the span and the operation."""
 _ITEM_EVENTS = 8
 """Failed items of one operation that are described in its span; all are counted."""
 
+REFUSED_TYPE = "CircuitOpenError"
+"""The `error.type` of an operation that its breaker did not let begin."""
+
 CANCELLED = Failure(
     outcome="cancelled", error_type=None, verdict="ignored", retryable=False, retry_after=None
 )
@@ -381,7 +384,10 @@ class Operation:
             outcome, error_type = "ok", None
             # From here on nothing is counted: without a ledger a closed one takes its place.
             ledger = self.__dict__.setdefault("_ledger", CLOSED_LEDGER)
-            if (
+            if self.refused:
+                outcome, error_type = "rejected", REFUSED_TYPE
+                self._record_refusal(error)
+            elif (
                 failure is not None
                 or self.failure is not None
                 or ledger is not CLOSED_LEDGER
@@ -523,16 +529,15 @@ class Operation:
         if self.attempts > 1 and outcome in _SUCCESSES:
             span.set_status(Status(StatusCode.OK))  # an earlier attempt may have said ERROR
         if error is not None and outcome in _FAILURES:
-            if self.refused:
-                self._record_refusal(error)
-            else:
-                self._record_exception(error)
+            self._record_exception(error)
         return outcome, error_type
 
-    def _record_refusal(self, error: BaseException) -> None:
-        """Set the status alone: a breaker's refusal has no stack that would tell anything."""
-        self.span.set_status(Status(StatusCode.ERROR, str(error)))
-        _first_to_record(error, self.span.get_span_context().trace_id)
+    def _record_refusal(self, error: BaseException | None) -> None:
+        """Set the status alone: the span began with all else, and the stack would tell nothing."""
+        span = self.span
+        if error is not None and span.is_recording():
+            span.set_status(Status(StatusCode.ERROR, str(error)))
+            _first_to_record(error, span.get_span_context().trace_id)
 
     def _record_exception(self, error: BaseException) -> None:
         """Set the status; and the event, if no inner operation of this trace has recorded it."""

@@ -69,12 +69,9 @@ class Breaker(Circuit):
         It waits only where other processes have to be asked who probes, `probe_wait` at most.
         """
         now = self.clock()
-        permit = self._pass(now)
-        if permit is not None:
+        permit, may_probe = self._look(now)
+        if not may_probe:
             return permit
-        if not self._may_probe(now):
-            self._reject()
-            return None
         asked = self._ask()
         grant = None
         if asked is not None:
@@ -85,12 +82,9 @@ class Breaker(Circuit):
     async def allow_async(self) -> Permit | None:
         """Return a permit as `allow` does, without holding the event loop up."""
         now = self.clock()
-        permit = self._pass(now)
-        if permit is not None:
+        permit, may_probe = self._look(now)
+        if not may_probe:
             return permit
-        if not self._may_probe(now):
-            self._reject()
-            return None
         asked = self._ask()
         grant = None
         if asked is not None:
@@ -133,8 +127,8 @@ class Breaker(Circuit):
         if moves_before is not None and self.moved > moves_before:
             return None
         now = self.clock()
-        permit = self._pass(now)
-        if permit is None and self._may_probe(now):
+        permit, may_probe = self._look(now, rejecting=False)
+        if may_probe:
             with self._lock:
                 permit = self._lease(now)
             self._announce()

@@ -202,20 +202,20 @@ class Circuit:
 
     # Letting calls pass.
 
-    def _pass(self, now: float) -> Permit | None:
-        """Return a permit, in a state in which every call passes."""
+    def _look(self, now: float, *, rejecting: bool = True) -> tuple[Permit | None, bool]:
+        """Return a permit where every call passes; else whether this one may be a probe."""
         with self._lock:
-            if self._state not in _PASSING:
-                return None
-            self._in_flight += 1
-            return Permit(self, self._generation, now)
-
-    def _may_probe(self, now: float) -> bool:
-        """Whether this call may be a probe, or pass by now; looked at once more in `_lease`."""
-        with self._lock:
-            if self._state == "open":
-                return self._until is None or now >= self._until
-            return self._state in _PASSING or (self._state == "half_open" and self._has_room(now))
+            state = self._state
+            if state in _PASSING:
+                self._in_flight += 1
+                return Permit(self, self._generation, now), False
+            if state == "open":
+                may_probe = self._until is None or now >= self._until
+            else:
+                may_probe = state == "half_open" and self._has_room(now)
+            if rejecting and not may_probe:
+                self.counts[REJECTED] += 1
+            return None, may_probe
 
     def _has_room(self, now: float) -> bool:
         leases = self._leases
@@ -281,10 +281,6 @@ class Circuit:
         if self.sharing is not None:
             with guard.contained("breaker sharing"):
                 self.sharing.settled(self, lease, outcome)
-
-    def _reject(self) -> None:
-        with self._lock:
-            self.counts[REJECTED] += 1
 
     # Learning how calls end.
 
