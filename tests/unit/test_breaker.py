@@ -1041,22 +1041,27 @@ def test_a_collection_in_the_middle_of_it_cannot_hang_it(breaker):
         next(own[0])
 
     def work() -> None:
-        for _ in range(300):
+        for later in range(1, 60):  # so many allocations
+            gc.collect()
+            gc.disable()
             garbage()
+            gc.set_threshold(gc.get_count()[0] + later)
+            gc.enable()
             settle(breaker, *[FAILED] * 5)
-            breaker.view()
+            gc.set_threshold(*threshold)
             breaker.reset()
+        gc.collect()
 
     threshold = gc.get_threshold()
-    gc.set_threshold(1)
     thread = threading.Thread(target=work, daemon=True)
     try:
         thread.start()
         thread.join(30)
     finally:
+        gc.enable()
         gc.set_threshold(*threshold)
     assert not thread.is_alive()
-    gc.collect()
+    assert breaker.view().in_flight == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -176,6 +176,10 @@ class Breaker(Circuit):
         there is no permit then, and a lease of a probe runs out.
         """
         permits = _entered.get()
+        if permits and permits[-1].breaker is self:  # mostly
+            _entered.set(permits[:-1])
+            GUARDED.set(_without_last(GUARDED.get(), self.name))
+            return permits[-1]
         for index in range(len(permits) - 1, -1, -1):
             if permits[index].breaker is self:
                 _entered.set(permits[:index] + permits[index + 1 :])
@@ -292,6 +296,8 @@ class Breaker(Circuit):
 
 
 def _without_last(names: tuple[str, ...], name: str) -> tuple[str, ...]:
+    if names and names[-1] is name:
+        return names[:-1]
     for index in range(len(names) - 1, -1, -1):
         if names[index] == name:
             return names[:index] + names[index + 1 :]

@@ -151,7 +151,6 @@ class Breakers(Generic[_Made]):
             self._tallies.append(_Tally(ref(breaker), label, breaker.counts))
             if len(self._tallies) > self._fold_at:
                 self._fold()
-                self._fold_at = 2 * len(self._tallies) + _FOLD_AT
             breaker.sharing = self._sharing if breaker.policy.shared else None
         if before is not None and before.policy != breaker.policy:
             guard.warn(
@@ -218,6 +217,7 @@ class Breakers(Generic[_Made]):
             else:
                 living.append(tally)
         self._tallies = living
+        self._fold_at = 2 * len(living) + _FOLD_AT
 
     def _live(self) -> list[Circuit]:
         found = (tally.breaker() for tally in self._tallies)

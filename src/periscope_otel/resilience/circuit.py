@@ -303,9 +303,9 @@ class Circuit:
         with self._lock:
             if permit.outcome is not None:
                 return False
-            verdict: Verdict = "success" if failure is None else failure.verdict
-            if verdict not in OUTCOMES:  # an exception that answers for itself may say anything
-                verdict = "failure"
+            verdict: Verdict = "success"
+            if failure is not None:  # an exception that answers for itself may say anything
+                verdict = failure.verdict if failure.verdict in OUTCOMES else "failure"
             permit.outcome = verdict
             if permit.generation != self._generation and self._is_of_the_parent(permit):
                 return True
