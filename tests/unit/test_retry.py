@@ -20,6 +20,7 @@ import threading
 import time
 import weakref
 
+import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -117,6 +118,16 @@ RETRIED = [
     ExceptionGroup("both", [TimeoutError(), ConnectionError()]),
     *(StatusError(status) for status in (408, 429, 500, 502, 503, 504)),
 ]
+
+
+def invalid():
+    """Return an error of a class that cannot be made without arguments."""
+    try:
+        pydantic.TypeAdapter(int).validate_python("x")
+    except pydantic.ValidationError as error:
+        return error
+
+
 NEVER = [
     ValueError("x"),
     TypeError("x"),
@@ -191,6 +202,8 @@ def test_classes_replace_the_default(world):
         (CircuitOpenError, CircuitOpenError("a"), False),
         (Exception, concurrent.futures.CancelledError(), False),
         ((), ConnectionError(), False),
+        (pydantic.ValidationError, invalid(), True),
+        (Exception, invalid(), False),
     ],
 )
 def test_broad_classes_do_not_retry_what_fails_alike(world, on, error, retried):
@@ -1097,6 +1110,26 @@ def test_a_shutdown_ends_waits_with_the_last_error():
     with pytest.raises(ConnectionError):
         Retry()(function)()
     assert function.calls == 1
+
+
+def test_a_shutdown_ends_a_loop_with_its_last_error(world):
+    """Out of the `for` statement, and a breaker inside is not waited for either."""
+    script = Script(error := ConnectionError())
+    with pytest.raises(ConnectionError) as raised:
+        in_a_loop(Retry(on_retry=lambda _: retry.shutting_down()), script)
+    assert raised.value is error
+    assert script.calls == 1
+    retry.resumed()
+
+    def function():
+        if not world.waits:
+            raise error
+        retry.shutting_down()
+        raise CircuitOpenError("a", retry_after=1.0)
+
+    with pytest.raises(ConnectionError) as raised:
+        Retry()(function)()
+    assert raised.value is error
 
 
 def test_a_process_that_goes_on_waits_again(world):

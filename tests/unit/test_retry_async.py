@@ -373,6 +373,20 @@ async def test_cancelling_an_async_loop_ends_it():
     assert attempts == [1]
 
 
+async def test_a_shutdown_ends_an_async_loop_with_its_last_error(world):
+    """Out of the `async for` statement."""
+    error = ConnectionError()
+
+    async def work():
+        async for attempt in Retry(on_retry=lambda _: retry.shutting_down()):
+            with attempt:
+                raise error
+
+    with pytest.raises(ConnectionError) as raised:
+        await work()
+    assert raised.value is error
+
+
 async def test_an_attempt_of_an_async_loop_that_is_not_entered_is_told_of(world):
     """Otherwise nothing would be retried."""
     with pytest.raises(RuntimeError, match="with attempt"):
