@@ -164,6 +164,13 @@ class Exchange:
         self._untold.pop(id(moved.breaker), None)
         if len(self._untold) < _MOST_UNTOLD:
             self._untold[id(moved.breaker)] = moved
+        else:
+            guard.warn(
+                "untold verdicts",
+                "the Redis is away, and more than %d breakers have changed: of further ones other "
+                "processes are not told",
+                _MOST_UNTOLD,
+            )
 
     def settle(self, settled: Settled) -> None:
         """Give a lease back."""

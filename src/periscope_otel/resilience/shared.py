@@ -121,7 +121,10 @@ class SharedVerdicts:
         return breaker.sharing is self and not self._guards_this(breaker)
 
     def _guards_this(self, breaker: Circuit) -> bool:
-        """Whether a breaker guards this Redis: it cannot be told by what it holds closed."""
+        """Whether a breaker guards this Redis, going by its name: the host, or host and port.
+
+        What it has found cannot be told by the very thing that it has found it about.
+        """
         return breaker.name.lower() in self._own_names
 
     def _is_full(self) -> bool:
