@@ -20,7 +20,7 @@ from periscope_otel.cli import app
 from periscope_otel.failure import Failure
 from periscope_otel.redis_link import RedisLink
 from periscope_otel.resilience.breaker import Breaker
-from periscope_otel.resilience.records import Records, Verdict, record_key
+from periscope_otel.resilience.records import EVENTS, Records, Verdict, record_key
 from periscope_otel.resilience.shared import SharedVerdicts
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def breaker(redis, client) -> Iterator[Breaker]:
     one.sharing = verdicts
     made.append(one)
     verdicts.start()
-    until(lambda: verdicts._listening.socket is not None)
+    until(lambda: client.pubsub_numsub(EVENTS)[0][1] == 1)
     yield one
     verdicts.close()
     one.sharing = None

@@ -1,8 +1,9 @@
-"""Eight processes and one Redis before a dependency that fails: what reaches it, and what not."""
+"""Many callers and one Redis before a dependency that fails: what reaches it, and what not."""
 
 from __future__ import annotations
 
 import json
+import random
 import socketserver
 import threading
 import time
@@ -13,7 +14,11 @@ import pytest
 from processes import running
 from redis_servers import NoServerError, RedisServer
 
+from periscope_otel.failure import Failure
+from periscope_otel.redis_link import RedisLink
+from periscope_otel.resilience.breaker import Breaker
 from periscope_otel.resilience.records import EVENTS, event_of, record_key
+from periscope_otel.resilience.shared import SharedVerdicts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 PROCESSES = 8
 NAME = "feed.example"
 WITHIN = 30.0
+FAILED = Failure("error", "ConnectionError", "failure", retryable=True)
 
 
 class Dependency:
@@ -225,3 +231,80 @@ def test_without_its_redis_nothing_breaks_and_nothing_flaps(server, dependency, 
     assert most <= 16
     assert all(one.states.count(("half_open", "closed")) <= 2 for one in reports)
     assert alone <= PROCESSES * 4
+
+
+HEALTHY = 0.5
+"""Share of the time in which the dependency is well, while everything happens."""
+
+
+def test_whatever_happens_all_agree_in_the_end(server):
+    """Calls, settings by hand, wipes, kills, stalls and lost messages, in any order."""
+    chance = random.Random()
+    sides = [_side(server.url) for _ in range(4)]
+    stopped, well = threading.Event(), threading.Event()
+
+    def call(breaker: Breaker) -> None:
+        own = random.Random()
+        while not stopped.is_set():
+            permit = breaker.allow()
+            if permit is not None and own.random() > 0.02:  # some never end
+                permit.settle(None if well.is_set() else FAILED)
+            if own.random() < 0.002:
+                own.choice([breaker.force_open, breaker.disable, *[breaker.reset] * 8])()
+            time.sleep(own.random() * 0.004)
+
+    callers = [threading.Thread(target=call, args=(each,)) for _, each in sides for _ in range(2)]
+    for one in callers:
+        one.start()
+    for _ in range(8):
+        time.sleep(chance.random() * 0.3)
+        (well.set if chance.random() < HEALTHY else well.clear)()
+        chance.choice([_wipe, _kill, _stall, _silence])(server)
+    stopped.set()
+    for one in callers:
+        one.join()
+    until(lambda: all(verdicts.answers for verdicts, _ in sides))
+    until(lambda: _agree(server, [breaker for _, breaker in sides]))
+    time.sleep(1.2)
+    assert _agree(server, [breaker for _, breaker in sides])
+    for verdicts, breaker in sides:
+        assert verdicts.close(5.0)
+        breaker.sharing = None
+
+
+def _side(url: str) -> tuple[SharedVerdicts, Breaker]:
+    made: list[Breaker] = []
+    verdicts = SharedVerdicts(RedisLink(url), made)
+    breaker = Breaker(NAME, open_time=0.05, longest_open=0.2, lease=0.5)
+    breaker.sharing = verdicts
+    made.append(breaker)
+    verdicts.start()
+    return verdicts, breaker
+
+
+def _agree(server: RedisServer, breakers: list[Breaker]) -> bool:
+    """Whether all are in the state of the record; between open and half open calls decide."""
+    states = [one.state for one in breakers] + [(state(server) or b"closed").decode()]
+    return len({"open" if one == "half_open" else one for one in states}) == 1
+
+
+def _wipe(server: RedisServer) -> None:
+    with server.client as client:
+        client.flushall()
+
+
+def _kill(server: RedisServer) -> None:
+    server.kill()
+    time.sleep(0.3)
+    server.start()
+
+
+def _stall(server: RedisServer) -> None:
+    server.pause()
+    time.sleep(0.8)
+    server.resume()
+
+
+def _silence(server: RedisServer) -> None:
+    with server.client as client:
+        client.client_kill_filter(_type="pubsub")

@@ -88,7 +88,7 @@ def test_a_reason_is_clean_and_short():
     values = list(SOUND)
     values[4] = b"\x1b[2J" + b"y" * 80
     assert _record(values, NOW).reason.isprintable()
-    assert len(_record(values, NOW).reason) <= 40
+    assert len(_record(values, NOW).reason) <= 25
 
 
 def test_an_event_is_read():

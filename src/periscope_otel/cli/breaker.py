@@ -196,9 +196,13 @@ def _connected(url: str | None) -> Iterator[RedisLink]:
 
 
 def _rows(records: Records) -> Iterator[view.Row]:
-    names = records.names()
+    for names in _batches(records.names()):
+        yield from _rows_of(records, names)
+
+
+def _batches(names: Sequence[str]) -> Iterator[Sequence[str]]:
     for start in range(0, len(names), _READ_AT_ONCE):
-        yield from _rows_of(records, names[start : start + _READ_AT_ONCE])
+        yield names[start : start + _READ_AT_ONCE]
 
 
 def _rows_of(records: Records, names: Sequence[str]) -> list[view.Row]:
@@ -280,7 +284,11 @@ class _Watch:
             write(view.event_line(event))
 
     def _snapshot(self) -> dict[str, Record]:
-        return {row.name: row.record for row in _rows(self._records)}
+        found: dict[str, Record] = {}
+        for names in _batches(self._records.names()):
+            pairs = zip(names, self._records.read(names), strict=True)
+            found |= {name: record for name, record in pairs if isinstance(record, Record)}
+        return found
 
 
 def _event_of(name: str, before: Record | Event | None, record: Record) -> Event:

@@ -83,14 +83,18 @@ class Exchange:
     def __init__(
         self, records: Records, breakers: Iterable[Circuit], takes_part: Callable[[Circuit], bool]
     ) -> None:
-        self._records = records
         self._breakers = breakers
         self._takes_part = takes_part
         self._talks: dict[int, Talk] = {}
-        self.after_fork()
+        self.after_fork(records)
 
-    def after_fork(self) -> None:
-        """Leave to the parent what it has to tell."""
+    def after_fork(self, records: Records) -> None:
+        """Leave to the parent what it has to tell.
+
+        Args:
+            records: Those in the Redis, by a way of this process's own.
+        """
+        self._records = records
         self._lock = threading.Lock()
         self._turn = 0
         self._untold: dict[int, Moved] = {}
@@ -160,6 +164,13 @@ class Exchange:
         self._untold.pop(id(moved.breaker), None)
         if len(self._untold) < _MOST_UNTOLD:
             self._untold[id(moved.breaker)] = moved
+        else:
+            guard.warn(
+                "untold verdicts",
+                "the Redis is away, and more than %d breakers have changed: of further ones other "
+                "processes are not told",
+                _MOST_UNTOLD,
+            )
 
     def settle(self, settled: Settled) -> None:
         """Give a lease back."""
@@ -349,11 +360,10 @@ class Exchange:
 
 
 def _verdict_of(breaker: Circuit) -> Verdict:
+    """Return the state that a breaker is in."""
     with breaker._lock:
         state, reason, openings = breaker._state, breaker._reason or "", breaker._openings
         until = breaker._until
-    if state == "half_open":  # probes are of a record: a new one begins with none
-        return Verdict("open", reason, 0.0, openings)
     left = 0.0 if until is None or state != "open" else max(0.0, until - breaker.clock())
     return Verdict(state, reason, left, openings)
 

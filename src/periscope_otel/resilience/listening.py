@@ -97,6 +97,14 @@ class Listening:
             except errors():
                 return
 
-    def abandon(self) -> None:
-        """Leave it to the parent of this process."""
+    def abandon(self) -> object:
+        """Leave it to the parent of this process, of which this is a fork.
+
+        Returns:
+            What must be kept: as redis-py removes it, it waits for locks that the parent may hold.
+        """
+        left, inherited = self._pubsub, self.socket
         self._pubsub = None
+        if inherited is not None:
+            inherited.close()
+        return left

@@ -43,6 +43,7 @@ _FIELDS: Final = (
 _LONGEST_OPEN: Final = 2 * 86_400.0
 _MOST_GENERATIONS: Final = 2**52
 _MOST_OPENINGS: Final = 60
+_LONGEST_REASON: Final = 25  # characters, of four bytes at most: those that `common.lua` allows
 _LONGEST_EVENT: Final = 4096
 _EPOCH: Final = re.compile(r"[0-9a-f]{16}")
 
@@ -149,7 +150,7 @@ class Records:
         """
         answer, record, _ = self._run(
             "change", name, known.epoch if known else "", known.generation if known else 0,
-            new_epoch(), verdict.state, clean_name(verdict.reason, 40).encode()[:100],
+            new_epoch(), verdict.state, clean_name(verdict.reason, _LONGEST_REASON),
             _milliseconds(verdict.open_for), min(verdict.openings, _MOST_OPENINGS), int(anyway),
         )  # fmt: skip
         if answer == "won":
@@ -171,7 +172,7 @@ class Records:
         """
         answer, record, more = self._run(
             "ask", name, lease, _milliseconds(lasts), most, epoch,
-            clean_name(verdict.reason, 40).encode()[:100], min(verdict.openings, _MOST_OPENINGS),
+            clean_name(verdict.reason, _LONGEST_REASON), min(verdict.openings, _MOST_OPENINGS),
         )  # fmt: skip
         found = _there(record)
         if found.epoch == epoch:
@@ -260,7 +261,7 @@ def event_of(message: object) -> Event | None:
         open_for = told.get("open_for")
         open_for = None if open_for is None else min(float(open_for) / 1000, _LONGEST_OPEN)
         at = min(max(float(told.get("at", 0)) / 1000, 0.0), 2.0**40)
-        reason = clean_name(told.get("reason", ""), 40)
+        reason = clean_name(told.get("reason", ""), _LONGEST_REASON)
         version = clean_name(told["epoch"], 16), int(told["generation"])
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
@@ -325,7 +326,7 @@ def _record(values: Sequence[bytes | None], now: int) -> Record:
     if not sound:
         raise DamagedRecordError("fields are out of range")
     return Record(
-        cast("State", state), numbers[0], epoch, open_for, clean_name(reason, 40),
+        cast("State", state), numbers[0], epoch, open_for, clean_name(reason, _LONGEST_REASON),
         min(numbers[2], _MOST_OPENINGS), numbers[3], min(max(numbers[4], 0), 2**50) / 1000,
     )  # fmt: skip
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final
 from weakref import WeakSet
 
 from periscope_otel import guard
+from periscope_otel.redaction import redact
 from periscope_otel.redis_link import errors
 from periscope_otel.resilience.exchange import Asking, Exchange, Moved, Settled
 from periscope_otel.resilience.inbox import Inbox
@@ -44,7 +45,12 @@ BACK_OFF: Final = (0.1, 5.0)
 _MOST_WAITING: Final = 10_000
 """What is put while no thread runs; beyond that it is forgotten."""
 
+_MOST_AT_ONCE: Final = 1000
+"""What is done of the inbox before messages and polls have their turn."""
+
 _all: Final[WeakSet[SharedVerdicts]] = WeakSet()
+_of_parents: Final[list[object]] = []
+"""What children of forks leave alone."""
 
 
 class SharedVerdicts:
@@ -115,7 +121,10 @@ class SharedVerdicts:
         return breaker.sharing is self and not self._guards_this(breaker)
 
     def _guards_this(self, breaker: Circuit) -> bool:
-        """Whether a breaker guards this Redis: it cannot be told by what it holds closed."""
+        """Whether a breaker guards this Redis, going by its name: the host, or host and port.
+
+        What it has found cannot be told by the very thing that it has found it about.
+        """
         return breaker.name.lower() in self._own_names
 
     def _is_full(self) -> bool:
@@ -166,8 +175,10 @@ class SharedVerdicts:
     def after_fork(self) -> None:
         """Go on in the child of a fork, with a thread and connections of its own."""
         ran = self._thread is not None
-        self._listening.abandon()
-        self._exchange.after_fork()
+        _of_parents.extend((self._link, self._listening.abandon()))
+        self._link = self._link.renewed()
+        self._listening = Listening(self._link)
+        self._exchange.after_fork(Records(self._link))
         self._inbox.close()
         self._reset()
         if ran:
@@ -181,11 +192,11 @@ class SharedVerdicts:
         while not self._ending:
             try:
                 self._converse()
-            except errors():
-                self._lose()
+            except errors() as error:
+                self._lose(error)
                 self._wait_away()
             except Exception as error:  # noqa: BLE001  (a bug of ours must not end the sharing)
-                self._lose()
+                self._lose(error)
                 guard.report("breaker sharing", error)
                 self._wait_away()
         self._take_leave()
@@ -199,7 +210,7 @@ class SharedVerdicts:
         next_poll = time.monotonic() + POLL
         while not self._ending:
             wait = min(next_poll, self._exchange.next_due) - time.monotonic()
-            self._inbox.wait(wait, self._listening.socket)
+            self._inbox.wait(0.0 if len(self._inbox) else wait, self._listening.socket)
             self._serve()
             self._hear()
             now = time.monotonic()
@@ -211,8 +222,8 @@ class SharedVerdicts:
 
     def _serve(self) -> None:
         """Do what is in the inbox; what cannot be done now is remembered."""
-        while not self._ending:
-            item = self._inbox.take()
+        for _ in range(_MOST_AT_ONCE):
+            item = None if self._ending else self._inbox.take()
             if item is None:
                 return
             with self._calling(), _without_damage():
@@ -246,13 +257,15 @@ class SharedVerdicts:
         finally:
             self._busy_since = None
 
-    def _lose(self) -> None:
+    def _lose(self, error: Exception) -> None:
         if not self._away:
             guard.warn(
                 "breaker sharing",
-                "breakers cannot ask %s for other processes' verdicts: each process decides alone "
-                "until it answers",
+                "breakers cannot ask %s for other processes' verdicts (%s: %s): each process "
+                "decides alone until it answers",
                 self._link.shown,
+                type(error).__name__,
+                redact(str(error), 200),
             )
         self._away = True
         self._listening.end()

@@ -32,7 +32,7 @@ def call():
 
 def main():
     steps, errors, calls, longest = [], [], 0, 0.0
-    breakers.defaults(NAME, open_time=OPEN_TIME)
+    breakers.defaults(NAME, open_time=OPEN_TIME, probe_wait=0.5)  # the machine may be busy
     breaker = breakers.get(NAME)
     breaker.listen(
         lambda one: steps.append((time.monotonic(), one.from_state, one.to_state, one.adopted))
