@@ -49,7 +49,7 @@ class Attempts:
                     value = call()
                 except Exception as error:
                     wait = self._ended(error)
-                    if wait is None and self._is_last(error):
+                    if wait is None and self.error_kept(error) is error:
                         raise
                 else:
                     if not self._failed(value):
@@ -60,7 +60,7 @@ class Attempts:
                     return self._retrying.conclude()
                 self._begin()
         finally:
-            self._let_go()
+            self.let_go()
 
     async def run_async(self, call: Callable[[], Awaitable[Any]]) -> Any:
         """Await what `call` returns, as `run` does, without holding the event loop up."""
@@ -70,7 +70,7 @@ class Attempts:
                     value = await call()
                 except Exception as error:
                     wait = self._ended(error)
-                    if wait is None and self._is_last(error):
+                    if wait is None and self.error_kept(error) is error:
                         raise
                 else:
                     if not self._failed(value):
@@ -80,25 +80,35 @@ class Attempts:
                     return self._retrying.conclude()
                 self._begin()
         finally:
-            self._let_go()
+            self.let_go()
 
     def again_before_items(self, error: BaseException) -> bool:
         """Begin the next attempt of a generator that has raised before it gave an item."""
         if not isinstance(error, Exception):
             return False
         wait = self._ended(error)
-        again = wait is not None and self._retrying.again(wait)
-        self._let_go()
-        return again and self._resumed()
+        return wait is not None and self._retrying.again(wait) and self._resumed()
 
     async def again_before_items_async(self, error: BaseException) -> bool:
         """Begin the next attempt of an async generator likewise."""
         if not isinstance(error, Exception):
             return False
         wait = self._ended(error)
-        again = wait is not None and await self._retrying.again_async(wait)
-        self._let_go()
-        return again and self._resumed()
+        return wait is not None and await self._retrying.again_async(wait) and self._resumed()
+
+    def error_kept(self, error: BaseException) -> BaseException:
+        """Return what the caller gets: an earlier error, if a breaker inside rejected the last."""
+        kept = None if self._state is None else self._state.error
+        return error if kept is None else kept
+
+    def conclude(self) -> None:
+        """Raise that, as it was."""
+        self._retrying.conclude()
+
+    def let_go(self) -> None:
+        """Forget what the last attempt came to: the exception's frames would refer to it."""
+        if self._state is not None:
+            self._state.let_go()
 
     def _failed(self, value: object) -> bool:
         """Whether the attempt failed although it raised nothing."""
@@ -130,10 +140,6 @@ class Attempts:
                 tell_of_retry(operation.span, operation.series, retrying.attempt, wait, failure)
         return wait
 
-    def _is_last(self, error: Exception) -> bool:
-        """Whether the caller gets this one: what is rejected inside a later attempt counts not."""
-        return not self._retrying.rejected or self._retrying.error is error
-
     def _begin(self) -> None:
         self._operation.begin_again(self._retrying.permit)
         self._operation.attempts = self._retrying.attempt + 1
@@ -143,6 +149,18 @@ class Attempts:
         self._operation.suspend()  # as at a `yield`: it is resumed where it goes on
         return True
 
-    def _let_go(self) -> None:
-        if self._state is not None:
-            self._state.let_go()
+
+def kept_of(attempts: Attempts | None, error: BaseException) -> BaseException:
+    """Return what a generator ends with: perhaps the error of an attempt before."""
+    return error if attempts is None else attempts.error_kept(error)
+
+
+def conclude(attempts: Attempts | None, error: BaseException) -> None:
+    """Raise that of an attempt before, if it is so; in any case hold on to none."""
+    if attempts is None:
+        return
+    try:
+        if attempts.error_kept(error) is not error:
+            attempts.conclude()
+    finally:
+        attempts.let_go()

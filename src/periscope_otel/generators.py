@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from periscope_otel import guard
-from periscope_otel.attempts import Attempts
+from periscope_otel.attempts import Attempts, conclude, kept_of
 from periscope_otel.call_site import failure_of, finish_raised, judge
 from periscope_otel.scope import written_down
 from periscope_otel.telemetry.worker import worker
@@ -48,7 +48,8 @@ def wrap_generator(
                     inner = function(*args, **kwargs)
                     step = inner.send
                     continue
-                _finish_generator(operation, error, closing=closing)
+                _finish_generator(operation, kept_of(attempts, error), closing=closing)
+                conclude(attempts, error)
                 raise
             attempts = None
             operation.suspend()
@@ -89,7 +90,10 @@ def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callab
                     inner = function(*args, **kwargs)
                     step = functools.partial(_first_step, inner)
                     continue
-                await _finish_async_generator(operation, error, closing=closing)
+                kept = kept_of(attempts, error)
+                await _finish_async_generator(operation, kept, closing=closing)
+                del kept
+                conclude(attempts, error)
                 raise
             attempts = None
             operation.suspend()

@@ -77,6 +77,7 @@ class Model:
     until: float = 0.0
     closed_since: float = 0.0
     in_a_row: int = 0
+    slow_in_a_row: int = 0
     successes: int = 0
     out: int = 0
     calls: list[Call] = field(default_factory=list)
@@ -151,6 +152,7 @@ class Model:
             self.in_a_row += 1
         elif not slow:
             return
+        self.slow_in_a_row = self.slow_in_a_row + 1 if slow else 0
         self.calls.append(Call(self.now, verdict == "failure", slow))
         if (reason := self._why_open()) is not None:
             self._open(reason, failure)
@@ -191,6 +193,8 @@ class Model:
         policy, calls = self.policy, self.window()
         if policy.consecutive_failures and self.in_a_row >= policy.consecutive_failures:
             return "consecutive_failures"
+        if policy.consecutive_slow and self.slow_in_a_row >= policy.consecutive_slow:
+            return "consecutive_slow"
         if len(calls) < policy.minimum_calls:
             return None
         failures, slow = (sum(call[which] for call in calls) for which in (1, 2))
@@ -207,7 +211,7 @@ class Model:
         error_type = None if failure is None else failure.error_type
         if self.state == "observe":
             self.told.append(Told("observe", "open", reason, None, error_type, None, would_be=True))
-            self.calls, self.in_a_row = [], 0
+            self.calls, self.in_a_row, self.slow_in_a_row = [], 0, 0
             return
         hold = self._hold(failure)
         self._heal()
@@ -240,7 +244,8 @@ class Model:
     ) -> None:
         before, self.state = self.state, to
         self.generation += 1
-        self.calls, self.leases, self.in_a_row, self.successes = [], [], 0, 0
+        self.calls, self.leases, self.successes = [], [], 0
+        self.in_a_row = self.slow_in_a_row = 0
         if to == "closed":
             self.closed_since = self.now
         if before != to:

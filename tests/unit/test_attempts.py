@@ -187,7 +187,7 @@ def test_a_first_attempt_does_not_wait_for_the_breaker(breaker, world, captured_
 def test_a_rejection_inside_of_a_later_attempt_is_not_what_the_caller_gets(
     shape, breaker, world, captured_telemetry
 ):
-    """Where a breaker that the call meets inside rejects the next attempt, the first error stays."""
+    """Where a breaker inside of the call rejects the next attempt, the first error stays."""
 
     def body() -> None:
         _function(Flaky(9), breaker=breaker)()

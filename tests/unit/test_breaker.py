@@ -142,7 +142,7 @@ def test_failures_that_are_too_old_do_not_count(make, clock):
 def test_slow_calls_open_it_where_a_threshold_is_set(make, clock):
     """80 % of them, of at least ten; without a threshold no call is slow."""
     for threshold, state in ((None, "closed"), (20.0, "open")):
-        breaker = make(slow_threshold=threshold, window=3600.0)
+        breaker = make(slow_threshold=threshold, window=3600.0, consecutive_slow=None)
         for seconds in (0, 0, *[20] * 8):
             permit = breaker.acquire()
             clock.now += seconds / 100  # all within one window
@@ -266,7 +266,7 @@ def test_after_a_night_of_outage_health_counts_at_once(make, clock):
 
 def test_a_failures_retry_after_makes_it_at_least_that_long(make, clock):
     """As far as `longest_hold` goes."""
-    for asked, seconds in ((7.0, 30.0), (90.0, 90.0), (86_400.0, 3600.0)):
+    for asked, seconds in ((7.0, 30.0), (90.0, 90.0), (1e9, 86_400.0)):
         breaker = make(consecutive_failures=1)
         settle(breaker, Failure("error", "500", "failure", True, asked, "server"))
         assert breaker.retry_after == seconds
@@ -304,7 +304,7 @@ def test_a_retry_after_that_is_none_holds_nothing(breaker, asked):
 def test_an_endless_retry_after_ends(breaker):
     """By `longest_hold`."""
     settle(breaker, limited(math.inf))
-    assert breaker.retry_after == 3600
+    assert breaker.retry_after == 86_400
 
 
 @pytest.mark.parametrize("verdict", ["broken", "", None, 1, ["failure"]])
@@ -915,6 +915,7 @@ BOUNDS = {
     "consecutive_failures": (1, 1_000_000),
     "slow_threshold": (0.0, 86_400.0),
     "slow_rate": (1e-6, 1.0),
+    "consecutive_slow": (1, 1_000_000),
     "open_time": (0.0, 600.0),
     "longest_open": (30.0, 86_400.0),
     "jitter": (0.0, 1.0),
@@ -925,7 +926,7 @@ BOUNDS = {
     "lease": (0.001, 86_400.0),
     "probe_wait": (0.0, 5.0),
 }
-WHOLE = ("minimum_calls", "consecutive_failures", "probes", "successes")
+WHOLE = ("minimum_calls", "consecutive_failures", "consecutive_slow", "probes", "successes")
 
 
 @pytest.mark.parametrize("name", BOUNDS)
@@ -958,7 +959,7 @@ def test_a_count_is_a_whole_number(name):
 @pytest.mark.parametrize("name", BOUNDS)
 def test_only_two_rules_can_be_left_out(name):
     """None is no failures in a row, and no slow calls; else it is a wrong type."""
-    if name in ("consecutive_failures", "slow_threshold"):
+    if name in ("consecutive_failures", "consecutive_slow", "slow_threshold"):
         assert getattr(BreakerPolicy(**{name: None}), name) is None
     else:
         with pytest.raises(TypeError, match=name):
@@ -1224,3 +1225,56 @@ async def test_errors_of_the_sharing_are_contained(breaker, clock):
     settle(breaker, None)
     assert breaker.state == "closed"
     assert guard.counts()["breaker sharing"] >= 5
+
+
+def test_slow_calls_in_a_row_open_it(clock):
+    """A feed that is polled seldom and hangs each time opens it, though the window is empty."""
+    breaker = Breaker("hanging", slow_threshold=20.0, consecutive_slow=3, clock=clock)
+    for _ in range(3):
+        assert breaker.state == "closed"
+        permit = breaker.allow()
+        clock.now += 20.0
+        permit.settle()
+        clock.now += 300.0
+    assert (breaker.state, breaker.view().reason) == ("open", "consecutive_slow")
+
+
+def test_call_refuses_a_coroutine(clock):
+    """`call` would settle before the coroutine has run: it says what to use instead."""
+    breaker = Breaker("async", clock=clock)
+
+    async def fetch() -> None: ...
+
+    with pytest.raises(TypeError, match="call_async"):
+        breaker.call(fetch)
+    assert breaker.view().in_flight == 0
+    assert breaker.view().outcomes["success"] == 0
+
+
+def test_a_denied_call_says_when_to_ask_again(clock):
+    """Where other processes probe, the refusal says how long to wait, so that nobody spins."""
+    breaker = Breaker("shared", consecutive_failures=1, open_time=10.0, jitter=0.0, clock=clock)
+    breaker.sharing = Denying(retry_after=4.0)
+    breaker.allow().settle(FAILED)
+    clock.now += 10.0
+    assert breaker.allow() is None
+    assert breaker.refusal().retry_after == 4.0
+    clock.now += 4.0
+    assert breaker.retry_after == 0.0
+
+
+class Denying:
+    """The word of other processes: they probe themselves."""
+
+    def __init__(self, retry_after: float) -> None:
+        self.retry_after = retry_after
+
+    def moved(self, *_: object) -> None: ...
+
+    def settled(self, *_: object) -> None: ...
+
+    def ask(self, _breaker: object) -> Denying:
+        return self
+
+    def wait(self, _timeout: float) -> Grant:
+        return Grant(None, self.retry_after)

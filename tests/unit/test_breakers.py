@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from periscope_otel.failure import Failure
+from periscope_otel.resilience import breakers as breakers_module
 from periscope_otel.resilience.breaker import Breaker, breakers
 from periscope_otel.resilience.breakers import MOST_WATCHED
 from periscope_otel.resilience.policy import DEFAULT_POLICY, BreakerPolicy
@@ -401,3 +402,14 @@ def test_a_log_handler_may_use_the_registry():
         logger.removeHandler(handler)
     assert first is not second
     assert done == [True]
+
+
+def test_breakers_made_by_name_are_bounded(monkeypatch):
+    """Names without end, as of hosts out of data, take no room without end; open ones stay."""
+    monkeypatch.setattr(breakers_module, "MOST_MADE", 100)
+    breakers.get("failing.example").force_open()
+    for number in range(1_000):
+        breakers.get(f"host-{number}.example").allow().settle()
+    assert len(list(breakers)) <= 101
+    assert breakers.get("failing.example").state == "forced_open"
+    assert sum(counts["success"] for counts in breakers.totals().values()) == 1_000

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from functools import wraps
+from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 from periscope_otel import guard
+from periscope_otel.failure import Failure
 from periscope_otel.resilience.breakers import Breakers, renew_in_children
 from periscope_otel.resilience.circuit import OUTCOMES, REJECTED, Circuit, listeners_of_all
 from periscope_otel.resilience.errors import CircuitOpenError
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
     from periscope_otel.resilience.circuit import Permit
     from periscope_otel.resilience.policy import State
     from periscope_otel.resilience.transition import Transition
+
+_NOT_MADE: Final = Failure("error", "TypeError", "ignored", retryable=False)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -192,6 +196,7 @@ class Breaker(Circuit):
 
         Raises:
             CircuitOpenError: If no call may be made now.
+            TypeError: If it returns a coroutine, which `call_async` would await.
         """
         permit = self.acquire()
         token = GUARDED.set(GUARDED.get() + self._own_name)
@@ -201,6 +206,10 @@ class Breaker(Circuit):
             permit.settle(self.failure_of(error))
             raise
         else:
+            if isinstance(value, CoroutineType):
+                permit.settle(_NOT_MADE)
+                value.close()
+                raise TypeError("call() awaits nothing: use call_async() for coroutine functions")
             self._settle(permit, None)
         finally:
             GUARDED.reset(token)

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary, ref
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 MOST_NAMED: Final = 240
 """Breakers with figures of their own in the metrics; further ones are added up as `other`. Each has
 six series of its state: no instrument reaches its limit of label sets."""
+
+MOST_MADE: Final = 20_000
+"""Breakers that are kept because something named them; beyond that idle ones are made anew."""
 
 MOST_WATCHED: Final = 1000
 """Breakers that are made only because client spans name their dependencies."""
@@ -139,7 +143,15 @@ class Breakers(Generic[_Made]):
                 found = self._make(name, self.policy_for(name))
                 self._given.pop(found.name, None)
                 self._made[found.name] = found
+                if len(self._made) > MOST_MADE:
+                    self._drop_idle()
             return found
+
+    def _drop_idle(self) -> None:
+        """Make room: of those made by name, drop a tenth that have nothing to remember."""
+        idle = (name for name, one in self._made.items() if one.is_idle)
+        for name in list(islice(idle, MOST_MADE // 10)):
+            del self._made[name]
 
     def add(self, breaker: _Made) -> None:
         """Have a breaker found by its name."""
@@ -203,6 +215,8 @@ class Breakers(Generic[_Made]):
         return name
 
     def _count(self, transition: Transition) -> None:
+        if transition.would_be:
+            return
         with self._lock:
             label = transition.name if transition.name in self._labels else OTHER
             key = label, transition.from_state, transition.to_state

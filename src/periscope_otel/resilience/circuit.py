@@ -129,10 +129,10 @@ class Circuit:
     """What a `Breaker` is in itself; see there for its arguments."""
 
     __slots__ = (
-        "__weakref__", "_closed_since", "_failed_in_a_row", "_first_generation", "_generation",
-        "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings", "_own_name",
-        "_reason", "_second", "_state", "_successes", "_told", "_until", "_window", "clock",
-        "counts", "moved", "name", "policy", "rng", "sharing",
+        "__weakref__", "_busy_until", "_closed_since", "_failed_in_a_row", "_first_generation",
+        "_generation", "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings",
+        "_own_name", "_reason", "_second", "_slow_in_a_row", "_state", "_successes", "_told",
+        "_until", "_window", "clock", "counts", "moved", "name", "policy", "rng", "sharing",
     )  # fmt: skip
 
     def __init__(
@@ -165,6 +165,7 @@ class Circuit:
         self._until: float | None = None
         self._reason: str | None = None
         self._second = self._told = 0
+        self._busy_until = 0.0
         self._clear()
         self._made()
 
@@ -173,7 +174,7 @@ class Circuit:
 
     def _clear(self) -> None:
         self._window = Window(self.policy.window)
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = self._slow_in_a_row = 0
         self._successes = 0
         self._leases: dict[Permit, float] | None = None
         self._in_flight = 0
@@ -192,13 +193,20 @@ class Circuit:
     @property
     def retry_after(self) -> float | None:
         """Seconds after which a call may pass; None where calls pass, or nobody can tell."""
-        state, until = self._state, self._until
-        if state == "half_open":
-            with self._lock:
-                return 0.0 if self._has_room(self.clock()) else BUSY
-        if state != "open" or until is None:
-            return None
-        return max(0.0, until - self.clock())
+        with self._lock:
+            now = self.clock()
+            if self._state == "half_open":
+                wait = 0.0 if self._has_room(now) else BUSY
+            elif self._state == "open" and self._until is not None:
+                wait = max(0.0, self._until - now)
+            else:
+                return None
+            return max(wait, self._busy_until - now)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a new one in its place would do the same: it is closed, and no permit is out."""
+        return self._state == "closed" and not self._in_flight and not self._failed_in_a_row
 
     # Letting calls pass.
 
@@ -239,6 +247,8 @@ class Circuit:
         else:
             lease, granted = grant.lease, grant.lease is not None
         with self._lock:
+            if grant is not None and not granted:  # others probe
+                self._busy_until = now + grant.retry_after
             passes = granted or self._state in _PASSING  # it was closed meanwhile
             permit = self._lease(now) if passes else None
             if permit is None:
@@ -346,6 +356,7 @@ class Circuit:
                 self._failed_in_a_row += 1
             else:
                 self._failed_in_a_row = 0
+        self._slow_in_a_row = self._slow_in_a_row + 1 if slow else 0
         window = self._window
         window.add(now, failed=verdict == "failure", slow=slow)
         if (window.failures or window.slow) and (reason := self._why_open()):
@@ -356,6 +367,9 @@ class Circuit:
         in_a_row = policy.consecutive_failures
         if in_a_row is not None and self._failed_in_a_row >= in_a_row:
             return "consecutive_failures"
+        slow_in_a_row = policy.consecutive_slow
+        if slow_in_a_row is not None and self._slow_in_a_row >= slow_in_a_row:
+            return "consecutive_slow"
         if window.calls < policy.minimum_calls:
             return None
         if window.failures / window.calls >= policy.failure_rate:  # exact, unlike the product
@@ -407,7 +421,7 @@ class Circuit:
                 would_be=True, span_context=permit.span_context or _current_span(),
             ))  # fmt: skip
             self._window.clear()
-            self._failed_in_a_row = 0
+            self._failed_in_a_row = self._slow_in_a_row = 0
             return
         self._forgive(now)
         open_for = held if reason == "rate_limit" else max(self._next_open_time(), held)
@@ -418,7 +432,7 @@ class Circuit:
         """Count fewer openings the longer it was closed."""
         if self._state == "closed":
             healthy = int((now - self._closed_since) / self.policy.decay)
-            if healthy:  # what doubling ended at is halved, however often it was reached
+            if healthy > 0:  # what doubling ended at is halved, however often it was reached
                 self._openings = max(0, min(self._openings, self._doublings()) - healthy)
 
     def _doublings(self) -> int:
@@ -452,9 +466,10 @@ class Circuit:
         self._state = to
         self._generation += 1
         moves[0] = self.moved = next(_move_numbers)
+        self._busy_until = 0.0
         self._leases = None
         self._successes = 0
-        self._failed_in_a_row = 0
+        self._failed_in_a_row = self._slow_in_a_row = 0
         if to == "closed":
             self._closed_since = now
         if to not in ("open", "half_open"):

@@ -23,9 +23,9 @@ Judge = Callable[[BaseException], Verdict | None]
 class BreakerPolicy:
     """The settings of a breaker. The defaults suit feeds that are polled once a minute or less.
 
-    It opens when `consecutive_failures` calls in a row fail, when at least `minimum_calls` of the
-    last `window` seconds were made and `failure_rate` of them failed or `slow_rate` of them were
-    slow, and at once when the dependency refuses the credentials.
+    It opens when `consecutive_failures` calls in a row fail or `consecutive_slow` are slow, when
+    at least `minimum_calls` were made in the last `window` seconds and `failure_rate` of them
+    failed or `slow_rate` were slow, and at once when the dependency refuses the credentials.
 
     Attributes:
         window: Seconds of the past that count, in ten steps.
@@ -34,8 +34,11 @@ class BreakerPolicy:
         consecutive_failures: Failed calls in a row that open it; None for no such rule.
         slow_threshold: Seconds from which a call is slow; None (the default) if none is.
         slow_rate: Share of slow calls that opens it, above 0 and up to 1.
+        consecutive_slow: Slow calls in a row that open it, where there is a `slow_threshold`; None
+            for no such rule.
         open_time: Seconds for which it is open the first time; each further time twice as long.
-        longest_open: Seconds that doubling ends at.
+        longest_open: Seconds that doubling ends at; for a dependency with many calls a second, 60
+            rather than the default 600 finds a recovery sooner, at the price of some more probes.
         jitter: Share by which an open time is made longer or shorter at random, so that many
             processes do not come back at once.
         decay: Seconds that it has to be closed for the open time to be halved again.
@@ -65,11 +68,12 @@ class BreakerPolicy:
     consecutive_failures: int | None = 5
     slow_threshold: float | None = None
     slow_rate: float = 0.8
+    consecutive_slow: int | None = 5
     open_time: float = 30.0
     longest_open: float = 600.0
     jitter: float = 0.2
     decay: float = 300.0
-    longest_hold: float = 3600.0
+    longest_hold: float = 86_400.0
     probes: int = 1
     successes: int = 2
     lease: float = 60.0
@@ -114,6 +118,7 @@ _RANGES: Final[tuple[tuple[str, float, float], ...]] = (
     ("consecutive_failures", 1, 1_000_000),
     ("slow_threshold", 0.0, _DAY),
     ("slow_rate", _SMALLEST, 1.0),
+    ("consecutive_slow", 1, 1_000_000),
     ("open_time", 0.0, _DAY),
     ("longest_open", 0.0, _DAY),
     ("jitter", 0.0, 1.0),
@@ -124,8 +129,8 @@ _RANGES: Final[tuple[tuple[str, float, float], ...]] = (
     ("lease", 0.001, _DAY),
     ("probe_wait", 0.0, 5.0),
 )
-_WHOLE: Final = ("minimum_calls", "consecutive_failures", "probes", "successes")
-_MAY_BE_NONE: Final = ("consecutive_failures", "slow_threshold")
+_WHOLE: Final = ("minimum_calls", "consecutive_failures", "probes", "successes", "consecutive_slow")
+_MAY_BE_NONE: Final = ("consecutive_failures", "slow_threshold", "consecutive_slow")
 
 
 def check_number(name: str, value: object, low: float, high: float, *, whole: bool = False) -> None:

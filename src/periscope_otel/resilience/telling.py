@@ -23,6 +23,7 @@ _WORSE = ("open", "forced_open")
 _BECAUSE = {
     "consecutive_failures": "calls failed one after the other",
     "failure_rate": "too many of the calls failed",
+    "consecutive_slow": "calls were slow one after the other",
     "slow_rate": "too many of the calls were slow",
     "auth": "the credentials are refused",
     "rate_limit": "it was asked to wait",
@@ -72,6 +73,10 @@ def _log(transition: Transition) -> None:
         transition.to_state,
         _BECAUSE.get(transition.reason, transition.reason),
         f" ({transition.error_type})" if transition.error_type else "",
-        "" if transition.open_for is None else f"; for {transition.open_for:.3g} s",
+        "" if transition.open_for is None else f"; for {_seconds(transition.open_for)}",
         "; as another process found" if transition.adopted else "",
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 100 else f"{seconds:.3g} s"

@@ -23,8 +23,8 @@ class Transition(NamedTuple):
     from_state: State
     to_state: State
     reason: str
-    """`consecutive_failures`, `failure_rate`, `slow_rate`, `auth`, `rate_limit`, `probing`,
-    `probe_failed`, `recovered` or `manual`."""
+    """`consecutive_failures`, `failure_rate`, `consecutive_slow`, `slow_rate`, `auth`,
+    `rate_limit`, `probing`, `probe_failed`, `recovered` or `manual`."""
     open_for: float | None = None
     """Seconds until a probe may pass, where it has opened."""
     error_type: str | None = None
