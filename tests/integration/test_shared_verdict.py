@@ -6,6 +6,7 @@ import asyncio
 import gc
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import Counter
@@ -46,6 +47,11 @@ SOON = 2.0
 """Within this time a poll has found what no message has told."""
 FAILED = Failure("error", "ConnectTimeout", "failure", retryable=True)
 IGNORED = Failure("cancelled", "CancelledError", "ignored", retryable=False)
+SOUND = {
+    "state": "closed", "generation": 1, "until": 0, "reason": "recovered", "openings": 0,
+    "successes": 0, "since": 0,
+}  # fmt: skip
+"""A record, but for its epoch."""
 _numbers = itertools.count()
 
 
@@ -360,6 +366,20 @@ def test_the_verdict_of_a_process_that_knew_nothing_counts(side, records, name):
     assert two.state == "open"
 
 
+@pytest.mark.parametrize(("age", "seconds"), [(0, 80.0), (650, 20.0), (100_000, 10.0)])
+def test_what_others_forget_of_it_a_new_process_forgets_too(side, client, name, age, seconds):
+    """The open time is halved for each `decay` that it was closed, also before this one began."""
+    now = client.time()[0]
+    client.hset(record_key(name), mapping=SOUND | {
+        "epoch": new_epoch(), "openings": 3, "since": (now - age) * 1000,
+    })  # fmt: skip
+    breaker = side().breaker(name, open_time=10.0)
+    client.hset(record_key(name), "generation", 2)
+    until(lambda: breaker._openings == round(math.log2(seconds / 10.0)), SOON)
+    trip(breaker)
+    assert breaker.retry_after == pytest.approx(seconds, abs=1.0)
+
+
 def test_a_retry_after_is_shared(side, name):
     """A dependency that says when to come back is left alone by all for as long."""
     a, b = side(), side()
@@ -651,11 +671,8 @@ def test_a_lost_message_is_found_by_the_poll(side, client, name, records):
     """Without any message a process knows within about a second."""
     a = side()
     breaker = a.breaker(name)
-    for number, value in (
-        ("state", "forced_open"), ("generation", 1), ("epoch", new_epoch()), ("until", 0),
-        ("reason", "manual"), ("openings", 0), ("successes", 0), ("since", 0),
-    ):  # fmt: skip
-        client.hset(record_key(name), number, value)
+    forced = SOUND | {"state": "forced_open", "epoch": new_epoch()}
+    client.hset(record_key(name), mapping=forced)
     until(lambda: breaker.state == "forced_open", SOON)
 
 
@@ -713,10 +730,7 @@ def test_a_damaged_record_is_ignored_and_told_once(side, client, name, field, ca
     """It changes nothing here; the next verdict replaces it."""
     a = side()
     breaker = a.breaker(name)
-    sound = {
-        "state": "open", "generation": 3, "epoch": new_epoch(), "until": 0, "reason": "auth",
-        "openings": 1, "successes": 0, "since": 1,
-    }  # fmt: skip
+    sound = SOUND | {"state": "open", "epoch": new_epoch()}
     with caplog.at_level(logging.WARNING, "periscope_otel"):
         client.hset(record_key(name), mapping=sound | {field: DAMAGE[field]})
         until(lambda: caplog.records, SOON)
@@ -868,8 +882,6 @@ def test_many_breakers_are_polled_in_turns(side, client, monkeypatch, name):
     a = side()
     made = [a.breaker(f"{name}-{n:02}") for n in range(25)]
     for breaker in made:
-        client.hset(record_key(breaker.name), mapping={
-            "state": "forced_open", "generation": 1, "epoch": new_epoch(), "until": 0,
-            "reason": "manual", "openings": 0, "successes": 0, "since": 0,
-        })  # fmt: skip
+        forced = SOUND | {"state": "forced_open", "epoch": new_epoch()}
+        client.hset(record_key(breaker.name), mapping=forced)
     until(lambda: all(each.state == "forced_open" for each in made))

@@ -341,7 +341,7 @@ class Exchange:
             record.state,
             reason="probing" if half_open else record.reason,
             open_for=record.open_for,
-            openings=record.openings,
+            openings=_openings_left(record, breaker),
         )
         # In this order: a change that lies between the two is overridden once more, not lost.
         talk.adopted += 1
@@ -366,6 +366,13 @@ def _verdict_of(breaker: Circuit) -> Verdict:
         until = breaker._until
     left = 0.0 if until is None or state != "open" else max(0.0, until - breaker.clock())
     return Verdict(state, reason, left, openings)
+
+
+def _openings_left(record: Record, breaker: Circuit) -> int:
+    """Return how often it has opened in a row, less what was forgotten while it was closed."""
+    if record.state != "closed":
+        return record.openings
+    return max(0, record.openings - int(record.age / breaker.policy.decay))
 
 
 def _is_next(record: Record, known: Record | None) -> bool:
