@@ -459,6 +459,20 @@ def test_a_lease_that_nobody_takes_goes_back(side, client, name, monkeypatch):
     until(lambda: client.zcard(leases_key(name)) == 0)
 
 
+def test_a_lease_of_a_breaker_that_is_gone_goes_back_too(side, client, name, monkeypatch):
+    """Whoever asked for it and went keeps nobody out."""
+    monkeypatch.setattr("periscope_otel.resilience.talk.HELD", 0.3)
+    a = side()
+    trip(a.breaker(name, probe_wait=0.0))
+    wait_until_over(*a.breakers)
+    assert a.breakers[0].allow() is None
+    until(lambda: client.zcard(leases_key(name)) == 1)
+    a.breakers.clear()
+    worker.finish_posted(WITHIN)
+    gc.collect()
+    until(lambda: client.zcard(leases_key(name)) == 0)
+
+
 async def test_a_coroutine_asks_without_holding_the_loop_up(side, name):
     """While one waits for an answer the others go on."""
     breaker = side().breaker(name)
