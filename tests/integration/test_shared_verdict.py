@@ -4,82 +4,49 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import itertools
-import logging
+import math
 import threading
 import time
-from collections import Counter
 from typing import TYPE_CHECKING
 from weakref import ref
 
 import pytest
-from redis.crc import key_slot
-from redis.exceptions import RedisError
 from redis_servers import NoServerError, RedisServer
+from sides import (
+    IGNORED,
+    SOON,
+    SOUND,
+    WITHIN,
+    Clock,
+    Side,
+    fail,
+    lease_of,
+    may_probe,
+    new_name,
+    recorded,
+    recorded_state,
+    sides,
+    trip,
+    until,
+    wait_until_over,
+)
 
 from periscope_otel.failure import Failure
 from periscope_otel.redis_link import RedisLink
-from periscope_otel.resilience.breaker import Breaker
 from periscope_otel.resilience.records import (
-    EVENTS,
-    INDEX,
-    MOST_NAMES,
-    DamagedRecordError,
-    Record,
     Records,
     Verdict,
     leases_key,
     new_epoch,
     record_key,
 )
-from periscope_otel.resilience.shared import SharedVerdicts
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from periscope_otel.resilience.breaker import Breaker
     from periscope_otel.resilience.circuit import Permit
-    from periscope_otel.resilience.transition import Transition
-
-WITHIN = 15.0
-SOON = 2.0
-"""Within this time a poll has found what no message has told."""
-FAILED = Failure("error", "ConnectTimeout", "failure", retryable=True)
-IGNORED = Failure("cancelled", "CancelledError", "ignored", retryable=False)
-_numbers = itertools.count()
-
-
-class Clock:
-    """Monotonic seconds that a test can set forward."""
-
-    def __init__(self) -> None:
-        self.ahead = 0.0
-
-    def __call__(self) -> float:
-        return time.monotonic() + self.ahead
-
-
-class Side:
-    """What a process has: verdicts that it shares, and breakers."""
-
-    def __init__(self, url: str) -> None:
-        self.breakers: list[Breaker] = []
-        self.verdicts = SharedVerdicts(RedisLink(url), self.breakers)
-        self.seen: list[Transition] = []
-        self.started = False
-
-    def breaker(self, name: str, **changes) -> Breaker:
-        made = Breaker(name, **({"jitter": 0.0, "open_time": 0.2, "probe_wait": 0.5} | changes))
-        made.sharing = self.verdicts
-        made.listen(self.seen.append)
-        self.breakers.append(made)
-        return made
-
-    @property
-    def steps(self) -> list[tuple[str, str]]:
-        """The states that its breakers went through."""
-        worker.finish_posted(WITHIN)
-        return [(one.from_state, one.to_state) for one in self.seen]
 
 
 @pytest.fixture(scope="module", params=["redis", "valkey"])
@@ -102,31 +69,13 @@ def client(server):
 @pytest.fixture
 def side(server, client) -> Iterator[Callable[..., Side]]:
     """Return what makes sides: each stands for a process."""
-    made: list[Side] = []
-
-    def make(*, start: bool = True) -> Side:
-        one = Side(server.url)
-        made.append(one)
-        one.started = start
-        if start:
-            one.verdicts.start()
-            until(lambda: _listening(client) == sum(each.started for each in made))
-        return one
-
-    yield make
-    for one in made:
-        one.verdicts.close()
-        for breaker in one.breakers:
-            breaker.sharing = None
-
-
-def _listening(client) -> int:
-    return client.pubsub_numsub(EVENTS)[0][1]
+    with sides(server, client) as make:
+        yield make
 
 
 @pytest.fixture
 def name() -> str:
-    return f"feed{next(_numbers)}.example"
+    return new_name()
 
 
 @pytest.fixture
@@ -134,67 +83,6 @@ def records(server) -> Iterator[Records]:
     link = RedisLink(server.url, 5.0)
     yield Records(link)
     link.close()
-
-
-def until(happened: Callable[[], object], within: float = WITHIN) -> float:
-    """Wait for something; returns the seconds that it took."""
-    began = time.monotonic()
-    while not happened():
-        assert time.monotonic() - began < within, "it has not happened"
-        time.sleep(0.002)
-    return time.monotonic() - began
-
-
-def trip(breaker: Breaker) -> None:
-    """Have five calls in a row fail."""
-    for _ in range(5):
-        fail(breaker.acquire())
-    assert breaker.state == "open"
-
-
-def fail(permit: Permit) -> None:
-    permit.settle(FAILED)
-
-
-def wait_until_over(*breakers: Breaker) -> None:
-    """Wait until the open time is over, here and by the Redis's clock."""
-    until(lambda: all(one.retry_after == 0 for one in breakers))
-    time.sleep(0.03)
-
-
-def may_probe(breaker: Breaker, within: float = WITHIN) -> Permit:
-    """Ask until a call may pass; returns its permit."""
-    found: list[Permit] = []
-
-    def asked() -> bool:
-        permit = breaker.allow()
-        if permit is not None:
-            found.append(permit)
-        return permit is not None
-
-    until(asked, within)
-    return found[0]
-
-
-def lease_of(breaker: Breaker, within: float = WITHIN) -> Permit:
-    """Ask until a call may pass under a lease that all know of; returns its permit."""
-    deadline = time.monotonic() + within
-    while True:
-        permit = may_probe(breaker, deadline - time.monotonic())
-        if permit.lease is not None:
-            return permit
-        permit.settle(IGNORED)  # no answer came in time: the machine is busy
-
-
-def recorded_state(records: Records, name: str) -> str | None:
-    found = recorded(records, name)
-    return None if found is None else found.state
-
-
-def recorded(records: Records, name: str) -> Record | None:
-    (found,) = records.read([name])
-    assert not isinstance(found, DamagedRecordError)
-    return found
 
 
 # --- one verdict for all -------------------------------------------------------------------------
@@ -360,6 +248,20 @@ def test_the_verdict_of_a_process_that_knew_nothing_counts(side, records, name):
     assert two.state == "open"
 
 
+@pytest.mark.parametrize(("age", "seconds"), [(0, 80.0), (650, 20.0), (100_000, 10.0)])
+def test_what_others_forget_of_it_a_new_process_forgets_too(side, client, name, age, seconds):
+    """The open time is halved for each `decay` that it was closed, also before this one began."""
+    now = client.time()[0]
+    client.hset(record_key(name), mapping=SOUND | {
+        "epoch": new_epoch(), "openings": 3, "since": (now - age) * 1000,
+    })  # fmt: skip
+    breaker = side().breaker(name, open_time=10.0)
+    client.hset(record_key(name), "generation", 2)
+    until(lambda: breaker._openings == round(math.log2(seconds / 10.0)), SOON)
+    trip(breaker)
+    assert breaker.retry_after == pytest.approx(seconds, abs=1.0)
+
+
 def test_a_retry_after_is_shared(side, name):
     """A dependency that says when to come back is left alone by all for as long."""
     a, b = side(), side()
@@ -436,6 +338,20 @@ def test_a_lease_that_nobody_takes_goes_back(side, client, name, monkeypatch):
     wait_until_over(breaker)
     assert breaker.allow() is None
     until(lambda: client.zcard(leases_key(name)) == 1)
+    until(lambda: client.zcard(leases_key(name)) == 0)
+
+
+def test_a_lease_of_a_breaker_that_is_gone_goes_back_too(side, client, name, monkeypatch):
+    """Whoever asked for it and went keeps nobody out."""
+    monkeypatch.setattr("periscope_otel.resilience.talk.HELD", 0.3)
+    a = side()
+    trip(a.breaker(name, probe_wait=0.0))
+    wait_until_over(*a.breakers)
+    assert a.breakers[0].allow() is None
+    until(lambda: client.zcard(leases_key(name)) == 1)
+    a.breakers.clear()
+    worker.finish_posted(WITHIN)
+    gc.collect()
     until(lambda: client.zcard(leases_key(name)) == 0)
 
 
@@ -543,263 +459,6 @@ def test_an_hourly_feed_recovers_at_its_first_call(side, server, name, redis_ans
             server.resume()
 
 
-# --- a Redis that is away, slow, wiped or damaged ------------------------------------------------
-
-
-def test_after_everything_was_removed_the_verdict_is_written_again(side, records, client, name):
-    """No process closes because of a wipe, and none has to find out again."""
-    a, b = side(), side()
-    one, two = a.breaker(name, open_time=30.0), b.breaker(name, open_time=30.0)
-    trip(one)
-    until(lambda: two.state == "open")
-    epoch = recorded(records, name).epoch
-    client.flushall()
-    until(lambda: recorded(records, name) is not None, SOON)
-    found = recorded(records, name)
-    assert found.epoch != epoch
-    assert found.state == "open"
-    assert found.open_for == pytest.approx(30.0, abs=4.0)
-    time.sleep(1.2)
-    assert a.steps == b.steps == [("closed", "open")]
-    assert recorded(records, name).generation == 1
-
-
-def test_after_a_wipe_one_of_all_probes(side, client, name):
-    """Leases are as good as before."""
-    a, b = side(), side()
-    one, two = a.breaker(name), b.breaker(name)
-    trip(one)
-    until(lambda: two.state == "open")
-    wait_until_over(one, two)
-    client.flushall()
-    lease_of(one)
-    until(lambda: two.state == "half_open", SOON)
-    time.sleep(0.15)
-    assert two.allow() is None
-
-
-def test_a_closed_breaker_stays_closed_in_a_wipe(side, client, name):
-    """Nothing is written, and nothing happens."""
-    a = side()
-    breaker = a.breaker(name)
-    trip(breaker)
-    may_probe(breaker).settle()
-    may_probe(breaker).settle()
-    until(lambda: client.hget(record_key(name), "state") == b"closed")
-    steps = a.steps
-    client.flushall()
-    time.sleep(1.3)
-    assert (a.steps, client.dbsize()) == (steps, 0)
-
-
-@pytest.mark.parametrize("fault", ["kill", "pause"])
-def test_with_the_redis_away_each_process_decides_alone(side, server, client, name, fault):
-    """No call waits for long, none raises, and probes go on; on return they agree again."""
-    a, b = side(), side()
-    one, two = (each.breaker(name, probe_wait=0.05) for each in (a, b))
-    trip(one)
-    until(lambda: two.state == "open")
-    getattr(server, fault)()
-    try:
-        waited = []
-        for breaker in (one, two):
-            began = time.monotonic()
-            permit = may_probe(breaker)
-            assert permit.lease is None
-            for _ in range(20):
-                started = time.monotonic()
-                breaker.allow()
-                waited.append(time.monotonic() - started)
-            fail(permit)
-            assert breaker.state == "open"
-            assert time.monotonic() - began < 5.0
-        assert sum(waited) < 1.0
-    finally:
-        server.start() if fault == "kill" else server.resume()
-    until(lambda: _state_of(server, name) is not None)
-    until(lambda: a.verdicts.answers and b.verdicts.answers)
-    may_probe(one).settle()
-    may_probe(one).settle()
-    until(lambda: one.state == two.state == "closed")
-    assert max(Counter(a.steps).values()) <= 4
-    assert max(Counter(b.steps).values()) <= 4
-
-
-def _state_of(server: RedisServer, name: str) -> bytes | None:
-    try:
-        with server.client as client:
-            return client.hget(record_key(name), "state")
-    except RedisError:
-        return None
-
-
-def test_what_was_found_in_an_outage_is_told_afterwards(side, server, client, name):
-    """The newest verdict of each breaker is published when the Redis is back."""
-    a, b = side(), side()
-    one, two = a.breaker(name, open_time=60.0), b.breaker(name, open_time=60.0)
-    server.kill()
-    try:
-        trip(one)
-        until(lambda: not a.verdicts.answers)
-    finally:
-        server.start()
-    until(lambda: two.state == "open")
-    assert two.retry_after < 60.0
-
-
-def test_a_lost_message_is_found_by_the_poll(side, client, name, records):
-    """Without any message a process knows within about a second."""
-    a = side()
-    breaker = a.breaker(name)
-    for number, value in (
-        ("state", "forced_open"), ("generation", 1), ("epoch", new_epoch()), ("until", 0),
-        ("reason", "manual"), ("openings", 0), ("successes", 0), ("since", 0),
-    ):  # fmt: skip
-        client.hset(record_key(name), number, value)
-    until(lambda: breaker.state == "forced_open", SOON)
-
-
-def test_a_subscription_that_breaks_is_made_again(side, client, name):
-    """Messages are heard again after the server has ended the connection."""
-    a, b = side(), side()
-    one, two = a.breaker(name), b.breaker(name)
-    client.client_kill_filter(_type="pubsub")
-    until(lambda: _listening(client) == 2)
-    one.force_open()
-    until(lambda: two.state == "forced_open", SOON)
-    assert a.verdicts.answers
-
-
-def test_an_older_generation_is_ignored_and_repaired(side, client, name, records):
-    """A replica that lagged behind when it took over changes nothing, and is put right."""
-    a = side()
-    breaker = a.breaker(name)
-    breaker.force_open()
-    until(lambda: recorded(records, name) is not None)
-    breaker.disable()
-    until(lambda: recorded(records, name).generation == 2)
-    client.hset(record_key(name), mapping={"generation": 1, "state": "forced_open"})
-    until(lambda: recorded(records, name).generation > 2, SOON)
-    assert recorded(records, name).state == breaker.state == "disabled"
-    assert a.steps == [("closed", "forced_open"), ("forced_open", "disabled")]
-
-
-def test_a_record_of_another_epoch_is_taken_over(side, client, name, records):
-    """However small its generation is."""
-    a = side()
-    breaker = a.breaker(name)
-    breaker.force_open()
-    until(lambda: recorded(records, name) is not None)
-    breaker.observe()
-    until(lambda: recorded(records, name).generation == 2)
-    client.delete(record_key(name))
-    records.change(name, Verdict("disabled", "manual"), None)
-    until(lambda: breaker.state == "disabled", SOON)
-
-
-DAMAGE = {
-    "state": b"broken",
-    "generation": b"-1",
-    "epoch": b"\xff" * 16,
-    "until": b"9" * 90,
-    "reason": b"x" * 5000,
-    "openings": b"nan",
-    "successes": b"\x00",
-}
-
-
-@pytest.mark.parametrize("field", DAMAGE)
-def test_a_damaged_record_is_ignored_and_told_once(side, client, name, field, caplog):
-    """It changes nothing here; the next verdict replaces it."""
-    a = side()
-    breaker = a.breaker(name)
-    sound = {
-        "state": "open", "generation": 3, "epoch": new_epoch(), "until": 0, "reason": "auth",
-        "openings": 1, "successes": 0, "since": 1,
-    }  # fmt: skip
-    with caplog.at_level(logging.WARNING, "periscope_otel"):
-        client.hset(record_key(name), mapping=sound | {field: DAMAGE[field]})
-        until(lambda: caplog.records, SOON)
-        client.hset(record_key(name), "since", 2)
-        time.sleep(1.1)
-    assert len(caplog.records) == 1
-    assert breaker.state == "closed"
-    trip(breaker)
-    lease_of(breaker)
-
-
-def test_a_key_of_another_kind_is_replaced(side, client, name):
-    """Whatever lies where the record belongs."""
-    client.set(record_key(name), "x")
-    client.set(leases_key(name), "x")
-    client.set(INDEX, "x")
-    breaker = side().breaker(name)
-    trip(breaker)
-    lease_of(breaker)
-    assert client.zscore(INDEX, name) is not None
-
-
-def test_nothing_stays_for_ever_but_what_an_operator_has_set(side, client, name, records):
-    """All keys expire a week after the last change; forced states stay."""
-    breaker = side().breaker(name)
-    trip(breaker)
-    lease_of(breaker)
-    keys = {key.decode() for key in client.keys()}  # noqa: SIM118
-    assert keys == {record_key(name), leases_key(name), INDEX}
-    assert all(0 < client.ttl(key) <= 7 * 86400 for key in keys)
-    breaker.force_open()
-    until(lambda: client.ttl(record_key(name)) == -1)
-    until(lambda: client.ttl(INDEX) == -1)
-    breaker.reset()
-    until(lambda: client.ttl(record_key(name)) > 0)
-    until(lambda: client.ttl(INDEX) > 0)
-
-
-def test_the_index_is_bounded(client, records):
-    """Those that changed longest ago give way."""
-    client.zadd(INDEX, {f"old{n}": 10**14 + n for n in range(MOST_NAMES)})
-    records.change("new", Verdict("forced_open", "manual"), None)
-    assert client.zcard(INDEX) == MOST_NAMES
-    assert client.zscore(INDEX, "old0") is None
-
-
-@pytest.mark.parametrize("odd", ["a}b{c", "{x}", "a}:probes", "100%", "ü{", "a b", "%7B"])
-def test_any_name_has_one_slot_and_its_own_keys(side, client, odd):
-    """Braces and whatever else is in a name: both keys of it hash alike."""
-    breaker = side().breaker(odd)
-    trip(breaker)
-    lease_of(breaker)
-    keys = record_key(breaker.name), leases_key(breaker.name)
-    slots = {key_slot(key.encode()) for key in keys}
-    assert len(slots) == 1
-    assert client.exists(*keys) == 2
-
-
-def test_keys_of_different_names_differ():
-    """Also where one is written like the other's key."""
-    names = ["a", "a}", "{a}", "a}:probes", "%7Da", "}a", "a:probes"]
-    keys = [record_key(one) for one in names] + [leases_key(one) for one in names]
-    assert len(set(keys)) == len(keys)
-
-
-def test_it_is_said_once_that_the_redis_is_away(side, server, name, caplog):
-    """Not at every attempt."""
-    a = side()
-    breaker = a.breaker(name)
-    server.kill()
-    try:
-        with caplog.at_level(logging.WARNING, "periscope_otel"):
-            until(lambda: caplog.records)
-            for _ in range(3):
-                trip(breaker)
-                breaker.reset()
-            time.sleep(0.5)
-        assert len(caplog.records) == 1
-        assert "decides alone" in caplog.text
-    finally:
-        server.start()
-
-
 # --- beginning and ending ------------------------------------------------------------------------
 
 
@@ -868,8 +527,6 @@ def test_many_breakers_are_polled_in_turns(side, client, monkeypatch, name):
     a = side()
     made = [a.breaker(f"{name}-{n:02}") for n in range(25)]
     for breaker in made:
-        client.hset(record_key(breaker.name), mapping={
-            "state": "forced_open", "generation": 1, "epoch": new_epoch(), "until": 0,
-            "reason": "manual", "openings": 0, "successes": 0, "since": 0,
-        })  # fmt: skip
+        forced = SOUND | {"state": "forced_open", "epoch": new_epoch()}
+        client.hset(record_key(breaker.name), mapping=forced)
     until(lambda: all(each.state == "forced_open" for each in made))

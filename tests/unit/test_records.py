@@ -40,7 +40,7 @@ TOLD = {
 def test_a_sound_record_is_read():
     """Times are of the Redis; what is left of the open time is in seconds."""
     assert _record(SOUND, NOW) == Record(
-        "open", 7, "0123456789abcdef", 30.0, "auth", 2, 0, 1_799_999_999.0
+        "open", 7, "0123456789abcdef", 30.0, "auth", 2, 0, 1_799_999_999.0, 1.0
     )
 
 

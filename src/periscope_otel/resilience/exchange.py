@@ -121,10 +121,10 @@ class Exchange:
         return talk
 
     def forget_gone(self) -> None:
-        """Forget breakers that are no more."""
+        """Forget breakers that are no more, once the leases that they asked for are back."""
         with self._lock:
             for key, talk in list(self._talks.items()):
-                if talk.breaker() is None:
+                if talk.breaker() is None and talk.goes_back_at is None:
                     del self._talks[key]
 
     def living(self) -> Iterator[Circuit]:
@@ -278,13 +278,13 @@ class Exchange:
         """Give back leases that have been in hand for too long."""
         for talk in list(self._talks.values()):
             due = talk.goes_back_at
-            breaker = talk.breaker()
-            if due is None or now < due or breaker is None:
+            if due is None or now < due:
                 continue
-            policy = breaker.policy
-            lease = talk.unused(now, waits=policy.probe_wait > 0)
+            breaker = talk.breaker()
+            waits = breaker is None or breaker.policy.probe_wait > 0
+            lease = talk.unused(now, waits=waits)
             if lease is not None:
-                self.settle(Settled(talk.name, lease, "ignored", policy.successes))
+                self.settle(Settled(talk.name, lease, "ignored", 1))
 
     def give_back_all(self) -> None:
         """Give back every lease that nobody uses: this process ends."""
@@ -341,7 +341,7 @@ class Exchange:
             record.state,
             reason="probing" if half_open else record.reason,
             open_for=record.open_for,
-            openings=record.openings,
+            openings=_openings_left(record, breaker),
         )
         # In this order: a change that lies between the two is overridden once more, not lost.
         talk.adopted += 1
@@ -366,6 +366,13 @@ def _verdict_of(breaker: Circuit) -> Verdict:
         until = breaker._until
     left = 0.0 if until is None or state != "open" else max(0.0, until - breaker.clock())
     return Verdict(state, reason, left, openings)
+
+
+def _openings_left(record: Record, breaker: Circuit) -> int:
+    """Return how often it has opened in a row, less what was forgotten while it was closed."""
+    if record.state != "closed":
+        return record.openings
+    return max(0, record.openings - int(record.age / breaker.policy.decay))
 
 
 def _is_next(record: Record, known: Record | None) -> bool:

@@ -64,6 +64,8 @@ class Record(NamedTuple):
     """Probes that have succeeded since it became half open."""
     changed: float
     """When it changed last, in Unix time of the Redis."""
+    age: float = 0.0
+    """Seconds for which it had been so when it was read."""
 
     def follows(self, known: Record | None) -> bool:
         """Whether it is news to somebody who knows of `known`."""
@@ -308,13 +310,14 @@ def _record(values: Sequence[bytes | None], now: int) -> Record:
     if None in values or any(value is not None and len(value) > 100 for value in values):
         raise DamagedRecordError("fields are missing or too long")
     try:
-        state, generation, epoch, until, reason, openings, successes, since = (
+        state, generation, epoch, until, reason, openings, successes, changed = (
             cast("bytes", value).decode() for value in values
         )
-        numbers = [int(text) for text in (generation, until, openings, successes, since)]
+        numbers = [int(text) for text in (generation, until, openings, successes, changed)]
     except ValueError:
         raise DamagedRecordError("fields are no text or no number") from None
     open_for = max(0.0, (numbers[1] - now) / 1000) if state == "open" else 0.0
+    since = min(max(numbers[4], 0), 2**50)
     sound = (
         state in STATES
         and _EPOCH.fullmatch(epoch)
@@ -327,7 +330,8 @@ def _record(values: Sequence[bytes | None], now: int) -> Record:
         raise DamagedRecordError("fields are out of range")
     return Record(
         cast("State", state), numbers[0], epoch, open_for, clean_name(reason, _LONGEST_REASON),
-        min(numbers[2], _MOST_OPENINGS), numbers[3], min(max(numbers[4], 0), 2**50) / 1000,
+        min(numbers[2], _MOST_OPENINGS), numbers[3], since / 1000,
+        max(0.0, (now - since) / 1000),
     )  # fmt: skip
 
 

@@ -134,6 +134,9 @@ class SharedVerdicts:
 
     def start(self) -> None:
         """Start to talk to the Redis; does nothing where that is so, or has ended."""
+        # What `getaddrinfo` imports when it is first called. A fork while the thread does that
+        # would leave its child with a module that is for ever about to be imported.
+        "".encode("idna")
         self._start(after_fork=False)
 
     def _start(self, *, after_fork: bool) -> None:
