@@ -6,7 +6,6 @@ import logging
 import sys
 
 import httpx
-from opentelemetry import trace
 from opentelemetry.instrumentation.httpx import HTTPXClientInstrumentor
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
@@ -29,8 +28,9 @@ with httpx.Client() as client:
         with contextlib.suppress(httpx.ConnectError):
             client.get("http://localhost:9/", timeout=5)  # nothing listens on the discard port
 found = breakers.find("localhost")
-print("state", None if found is None else found.state)
-print("sharing", found is not None and found.sharing is not None)
-print("global", type(trace.get_tracer_provider()).__name__)
+state = None if found is None else found.state
+sharing = found is not None and found.sharing is not None
 runtime.shutdown(2)
-print("after", found is not None and found.sharing is not None)
+after = found is not None and found.sharing is not None
+# In one piece: what is logged in the background must not come in between.
+sys.stdout.write(f"state {state}\nsharing {sharing}\nafter {after}\n")
