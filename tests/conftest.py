@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 import pytest
 
@@ -39,7 +40,9 @@ def telemetry_is_left_as_it_was() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def breakers_are_of_the_test() -> Iterator[None]:
     """Let no breaker that a test has only named, and no retry that it has made, reach another."""
-    with breakers.set_aside():
+    with breakers.set_aside(), pytest.MonkeyPatch.context() as patch:
+        # Also those that a failed test, or a cycle that is not collected yet, still holds.
+        patch.setattr(breakers, "_given", WeakValueDictionary())
         yield
     forget_budgets()
 

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter.loss import OnLost
     from periscope_otel.dead_letter.queue import DeadLetterQueue
     from periscope_otel.resilience.policy import BreakerPolicy
-    from periscope_otel.resilience.shared import SharedVerdicts
+    from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")
@@ -207,7 +207,7 @@ class Runtime:
         if url is None or not self.settings.breaker_sharing:
             return
         from periscope_otel.redis_link import RedisLink
-        from periscope_otel.resilience.shared import SharedVerdicts
+        from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
 
         self._sharing = SharedVerdicts(RedisLink(url), all_breakers)
         self._sharing.start()

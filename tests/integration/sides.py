@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from periscope_otel.failure import Failure
 from periscope_otel.redis_link import RedisLink
 from periscope_otel.resilience.breaker import Breaker
-from periscope_otel.resilience.records import EVENTS, DamagedRecordError, Record, Records
-from periscope_otel.resilience.shared import SharedVerdicts
+from periscope_otel.resilience.sharing.records import EVENTS, DamagedRecordError, Record, Records
+from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:

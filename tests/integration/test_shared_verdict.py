@@ -33,7 +33,7 @@ from sides import (
 
 from periscope_otel.failure import Failure
 from periscope_otel.redis_link import RedisLink
-from periscope_otel.resilience.records import (
+from periscope_otel.resilience.sharing.records import (
     Records,
     Verdict,
     leases_key,
@@ -257,7 +257,7 @@ def test_what_others_forget_of_it_a_new_process_forgets_too(side, client, name, 
     })  # fmt: skip
     breaker = side().breaker(name, open_time=10.0)
     client.hset(record_key(name), "generation", 2)
-    until(lambda: breaker._openings == round(math.log2(seconds / 10.0)), SOON)
+    until(lambda: breaker.view().openings == round(math.log2(seconds / 10.0)), SOON)
     trip(breaker)
     assert breaker.retry_after == pytest.approx(seconds, abs=1.0)
 
@@ -314,7 +314,7 @@ def test_where_calls_do_not_wait_the_next_one_passes(side, name):
 
 def test_rare_calls_that_do_not_wait_pass_too(side, client, name, monkeypatch):
     """Where each lease would be gone before the next call comes, that call decides alone."""
-    monkeypatch.setattr("periscope_otel.resilience.talk.HELD", 0.05)
+    monkeypatch.setattr("periscope_otel.resilience.sharing.talk.HELD", 0.05)
     breaker = side().breaker(name, probe_wait=0.0)
     trip(breaker)
     wait_until_over(breaker)
@@ -332,7 +332,7 @@ def test_rare_calls_that_do_not_wait_pass_too(side, client, name, monkeypatch):
 
 def test_a_lease_that_nobody_takes_goes_back(side, client, name, monkeypatch):
     """An answer that came too late is no probe that is out."""
-    monkeypatch.setattr("periscope_otel.resilience.talk.HELD", 0.1)
+    monkeypatch.setattr("periscope_otel.resilience.sharing.talk.HELD", 0.1)
     breaker = side().breaker(name, probe_wait=0.0)
     trip(breaker)
     wait_until_over(breaker)
@@ -343,7 +343,7 @@ def test_a_lease_that_nobody_takes_goes_back(side, client, name, monkeypatch):
 
 def test_a_lease_of_a_breaker_that_is_gone_goes_back_too(side, client, name, monkeypatch):
     """Whoever asked for it and went keeps nobody out."""
-    monkeypatch.setattr("periscope_otel.resilience.talk.HELD", 0.3)
+    monkeypatch.setattr("periscope_otel.resilience.sharing.talk.HELD", 0.3)
     a = side()
     trip(a.breaker(name, probe_wait=0.0))
     wait_until_over(*a.breakers)
@@ -522,8 +522,8 @@ def test_breakers_that_are_gone_are_let_go(side, name):
 
 def test_many_breakers_are_polled_in_turns(side, client, monkeypatch, name):
     """No poll looks at more than so many; all have their turn."""
-    monkeypatch.setattr("periscope_otel.resilience.exchange.MOST_POLLED", 10)
-    monkeypatch.setattr("periscope_otel.resilience.shared.POLL", 0.05)
+    monkeypatch.setattr("periscope_otel.resilience.sharing.exchange.MOST_POLLED", 10)
+    monkeypatch.setattr("periscope_otel.resilience.sharing.verdicts.POLL", 0.05)
     a = side()
     made = [a.breaker(f"{name}-{n:02}") for n in range(25)]
     for breaker in made:

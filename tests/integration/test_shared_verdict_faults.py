@@ -28,7 +28,7 @@ from sides import (
 )
 
 from periscope_otel.redis_link import RedisLink
-from periscope_otel.resilience.records import (
+from periscope_otel.resilience.sharing.records import (
     INDEX,
     MOST_NAMES,
     Records,

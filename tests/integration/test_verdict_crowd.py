@@ -17,8 +17,8 @@ from redis_servers import NoServerError, RedisServer
 from periscope_otel.failure import Failure
 from periscope_otel.redis_link import RedisLink
 from periscope_otel.resilience.breaker import Breaker
-from periscope_otel.resilience.records import EVENTS, event_of, record_key
-from periscope_otel.resilience.shared import SharedVerdicts
+from periscope_otel.resilience.sharing.records import EVENTS, event_of, record_key
+from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

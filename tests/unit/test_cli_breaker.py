@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from periscope_otel.cli import app
 from periscope_otel.cli import breaker_view as view
 from periscope_otel.resilience.policy import STATES
-from periscope_otel.resilience.records import Event, Record
+from periscope_otel.resilience.sharing.records import Event, Record
 
 CLEAN = {name: None for name in os.environ if name.startswith("PERISCOPE_")}
 NOW = 1_800_000_000.0

@@ -599,7 +599,7 @@ def test_errors_are_bounded_while_nothing_reports_them(make, monkeypatch):
     assert guard.counts() == {"breaker span processor": 100}
 
 
-@pytest.mark.parametrize("name", [5, b"x", "", " ", "\x00", (), object()])
+@pytest.mark.parametrize("name", [5, b"x", "", " ", "\x00", (), len])
 def test_what_is_no_name_names_no_breaker(make, name):
     """Whatever a matcher returns."""
     call(make(BreakerSpanProcessor(lambda _: name)), 500)

@@ -10,8 +10,8 @@ import time
 import pytest
 
 from periscope_otel.resilience.breaker import Breaker
-from periscope_otel.resilience.inbox import Inbox
-from periscope_otel.resilience.talk import Talk
+from periscope_otel.resilience.sharing.inbox import Inbox
+from periscope_otel.resilience.sharing.talk import Talk
 from periscope_otel.resilience.transition import Grant
 
 LASTS = 60.0
@@ -38,7 +38,7 @@ def test_one_question_is_under_way_at_a_time(talk):
 
 def test_a_question_that_nobody_answers_keeps_nobody_back(talk, monkeypatch):
     """After a while others decide alone."""
-    monkeypatch.setattr("periscope_otel.resilience.talk.UNANSWERED", 0.0)
+    monkeypatch.setattr("periscope_otel.resilience.sharing.talk.UNANSWERED", 0.0)
     talk.ask()
     assert talk.ask() == (None, None)
 

@@ -23,8 +23,8 @@ from periscope_otel.cli.letter_view import width_of
 from periscope_otel.dead_letter.errors import StoreError
 from periscope_otel.redaction import clean_name
 from periscope_otel.redis_link import RedisLink, errors
-from periscope_otel.resilience.listening import Listening
-from periscope_otel.resilience.records import (
+from periscope_otel.resilience.sharing.listening import Listening
+from periscope_otel.resilience.sharing.records import (
     MOST_NAMES,
     DamagedRecordError,
     Event,

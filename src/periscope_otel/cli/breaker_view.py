@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from periscope_otel.resilience.policy import State
-    from periscope_otel.resilience.records import Event, Record
+    from periscope_otel.resilience.sharing.records import Event, Record
 
 WORST_FIRST: Final[tuple[State, ...]] = (
     "forced_open", "open", "half_open", "observe", "disabled", "closed",

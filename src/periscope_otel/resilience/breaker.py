@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 from periscope_otel import guard
 from periscope_otel.failure import Failure
 from periscope_otel.resilience.breakers import Breakers, renew_in_children
-from periscope_otel.resilience.circuit import OUTCOMES, REJECTED, Circuit, listeners_of_all
+from periscope_otel.resilience.circuit import Circuit, listeners_of_all
 from periscope_otel.resilience.errors import CircuitOpenError
 from periscope_otel.resilience.telling import tell
-from periscope_otel.resilience.transition import BreakerView
 from periscope_otel.telemetry.breaker_instruments import source
 
 if TYPE_CHECKING:
@@ -273,17 +272,6 @@ class Breaker(Circuit):
         self._announce()
 
     # Looking at it.
-
-    def view(self) -> BreakerView:
-        """Return everything about it at one moment."""
-        with self._lock:
-            self._window.move_to(self.clock())
-            return BreakerView(
-                self.name, self._state, self._generation, self.retry_after, self._reason,
-                self._window.calls, self._window.failures, self._window.slow,
-                self._failed_in_a_row, self._in_flight, len(self._leases or ()),
-                dict(zip(OUTCOMES, self.counts, strict=False)), self.counts[REJECTED],
-            )  # fmt: skip
 
     def listen(self, listener: Callable[[Transition], None]) -> Callable[[], None]:
         """Have `listener` told of every transition, in the order in which they happen.

@@ -25,7 +25,7 @@ from periscope_otel import guard
 from periscope_otel.failure import Failure, classify
 from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.policy import DEFAULT_POLICY, BreakerPolicy, State
-from periscope_otel.resilience.transition import BUSY, Transition
+from periscope_otel.resilience.transition import BUSY, BreakerView, Transition
 from periscope_otel.resilience.window import Window
 from periscope_otel.telemetry.worker import worker
 
@@ -202,6 +202,17 @@ class Circuit:
             else:
                 return None
             return max(wait, self._busy_until - now)
+
+    def view(self) -> BreakerView:
+        """Return everything about it at one moment."""
+        with self._lock:
+            self._window.move_to(self.clock())
+            return BreakerView(
+                self.name, self._state, self._generation, self.retry_after, self._reason,
+                self._window.calls, self._window.failures, self._window.slow,
+                self._failed_in_a_row, self._openings, self._in_flight, len(self._leases or ()),
+                dict(zip(OUTCOMES, self.counts, strict=False)), self.counts[REJECTED],
+            )  # fmt: skip
 
     @property
     def is_idle(self) -> bool:

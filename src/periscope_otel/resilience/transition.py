@@ -53,6 +53,8 @@ class BreakerView(NamedTuple):
     failures: int
     slow: int
     consecutive_failures: int
+    openings: int
+    """How many times in a row it has opened."""
     in_flight: int
     """Permits that are out."""
     probes: int

@@ -13,7 +13,7 @@ from periscope_otel import guard
 from periscope_otel.failure import Failure
 from periscope_otel.redis_link import RedisLink
 from periscope_otel.resilience.breaker import breakers
-from periscope_otel.resilience.shared import SharedVerdicts
+from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
 from periscope_otel.telemetry.worker import worker
 
 URL, PORT, NAME, OPEN_TIME = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])

@@ -13,8 +13,8 @@ from periscope_otel import guard
 from periscope_otel.failure import Failure
 from periscope_otel.redis_link import RedisLink
 from periscope_otel.resilience.breaker import breakers
-from periscope_otel.resilience.records import Records
-from periscope_otel.resilience.shared import SharedVerdicts
+from periscope_otel.resilience.sharing.records import Records
+from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
 
 URL = sys.argv[1]
 FAILED = Failure("error", "ConnectionError", "failure", retryable=True)

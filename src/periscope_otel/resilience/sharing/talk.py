@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from periscope_otel.resilience.circuit import Circuit
-    from periscope_otel.resilience.records import Record
+    from periscope_otel.resilience.sharing.records import Record
     from periscope_otel.resilience.transition import Asked
 
 HELD: Final = 3.0

@@ -24,10 +24,10 @@ from weakref import WeakSet
 from periscope_otel import guard
 from periscope_otel.redaction import redact
 from periscope_otel.redis_link import errors
-from periscope_otel.resilience.exchange import Asking, Exchange, Moved, Settled
-from periscope_otel.resilience.inbox import Inbox
-from periscope_otel.resilience.listening import Listening
-from periscope_otel.resilience.records import DamagedRecordError, Records
+from periscope_otel.resilience.sharing.exchange import Asking, Exchange, Moved, Settled
+from periscope_otel.resilience.sharing.inbox import Inbox
+from periscope_otel.resilience.sharing.listening import Listening
+from periscope_otel.resilience.sharing.records import DamagedRecordError, Records
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

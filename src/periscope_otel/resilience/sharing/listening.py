@@ -7,14 +7,14 @@ import time
 from typing import TYPE_CHECKING, Any, Final
 
 from periscope_otel.redis_link import errors
-from periscope_otel.resilience.inbox import Selector
-from periscope_otel.resilience.records import EVENTS, event_of
+from periscope_otel.resilience.sharing.inbox import Selector
+from periscope_otel.resilience.sharing.records import EVENTS, event_of
 
 if TYPE_CHECKING:
     import socket
 
     from periscope_otel.redis_link import RedisLink
-    from periscope_otel.resilience.records import Event
+    from periscope_otel.resilience.sharing.records import Event
 
 _MOST_AT_ONCE: Final = 1000
 """Messages that are read before something else has its turn."""

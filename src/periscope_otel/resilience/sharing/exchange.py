@@ -19,21 +19,21 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from periscope_otel import guard
 from periscope_otel.redis_link import errors
-from periscope_otel.resilience.records import (
+from periscope_otel.resilience.sharing.records import (
     DamagedRecordError,
     Record,
     Records,
     Verdict,
     new_epoch,
 )
-from periscope_otel.resilience.talk import Talk
+from periscope_otel.resilience.sharing.talk import Talk
 from periscope_otel.resilience.transition import BUSY, Grant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from periscope_otel.resilience.circuit import Circuit
-    from periscope_otel.resilience.talk import Question
+    from periscope_otel.resilience.sharing.talk import Question
     from periscope_otel.resilience.transition import Transition
 
 MOST_POLLED: Final = 500
@@ -322,13 +322,13 @@ class Exchange:
 
     def _on_missing(self, talk: Talk, breaker: Circuit) -> None:
         # A record that is not there says nothing: neither that the breaker is closed.
-        if breaker._state == "closed":
+        if breaker.state == "closed":
             talk.known = None
         else:
             self._restate(talk, breaker)
 
     def _on_news(self, talk: Talk, breaker: Circuit, found: Record) -> None:
-        if talk.known is None and found.state == "closed" and breaker._state != "closed":
+        if talk.known is None and found.state == "closed" and breaker.state != "closed":
             # It began closed as well, so what it has found since is the newer.
             talk.known = found
             self._restate(talk, breaker)
@@ -361,11 +361,9 @@ class Exchange:
 
 def _verdict_of(breaker: Circuit) -> Verdict:
     """Return the state that a breaker is in."""
-    with breaker._lock:
-        state, reason, openings = breaker._state, breaker._reason or "", breaker._openings
-        until = breaker._until
-    left = 0.0 if until is None or state != "open" else max(0.0, until - breaker.clock())
-    return Verdict(state, reason, left, openings)
+    view = breaker.view()
+    left = view.retry_after or 0.0 if view.state == "open" else 0.0
+    return Verdict(view.state, view.reason or "", left, view.openings)
 
 
 def _openings_left(record: Record, breaker: Circuit) -> int:

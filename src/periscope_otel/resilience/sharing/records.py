@@ -340,4 +340,4 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _source(name: str) -> str:
-    return (files("periscope_otel.resilience") / "lua" / f"{name}.lua").read_text()
+    return (files("periscope_otel.resilience.sharing") / "lua" / f"{name}.lua").read_text()

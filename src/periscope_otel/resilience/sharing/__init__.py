@@ -1,0 +1,1 @@
+"""Breakers' verdicts, shared between processes through a Redis."""
