@@ -10,9 +10,10 @@ from opentelemetry.context import Context, get_current
 from opentelemetry.trace import SpanKind
 
 from periscope_otel import guard
+from periscope_otel.ending import CANCELLED
 from periscope_otel.failure import Failure, classify, message_of
 from periscope_otel.lettered import Call, LetteredOperation
-from periscope_otel.operation import CANCELLED, Operation, enclosing_operation
+from periscope_otel.operation import Operation, enclosing_operation
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attributes, clean_label
 from periscope_otel.telemetry.current import current, discover

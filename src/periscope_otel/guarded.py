@@ -13,7 +13,8 @@ from opentelemetry.context import get_current
 
 from periscope_otel import guard
 from periscope_otel.call_site import CallSite, contained_call
-from periscope_otel.operation import REFUSED_TYPE, enclosing_operation
+from periscope_otel.ending import REFUSED_TYPE
+from periscope_otel.operation import enclosing_operation
 from periscope_otel.resilience.breaker import Breaker, breakers
 from periscope_otel.resilience.retry import Retry
 from periscope_otel.telemetry import names

@@ -24,7 +24,19 @@ from opentelemetry.trace import (
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.replaying import REPLAYING
-from periscope_otel.failure import Failure, classify, classify_response, message_of, stack_text
+from periscope_otel.ending import (
+    CANCELLED,
+    FAILURES,
+    REFUSED_TYPE,
+    SUCCESSES,
+    UNTYPED_FAILURE,
+    describe_item_failure,
+    item_attributes,
+    outcome_of,
+    record_exception,
+    record_refusal,
+)
+from periscope_otel.failure import Failure, classify, classify_response
 from periscope_otel.items import (
     CLOSED_LEDGER,
     FAILED,
@@ -33,7 +45,7 @@ from periscope_otel.items import (
     ItemAccount,
     ItemLedger,
 )
-from periscope_otel.redaction import clean_name, redact
+from periscope_otel.redaction import redact
 from periscope_otel.resilience.awaiting import GUARDED_KEY, await_end, settle_awaiting
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attribute
@@ -59,22 +71,6 @@ of the context takes both the span and the operation."""
 
 _ITEM_EVENTS = 8
 """Failed items of one operation that are described in its span; all are counted."""
-
-REFUSED_TYPE = "CircuitOpenError"
-"""The `error.type` of an operation that its breaker did not let begin."""
-
-CANCELLED = Failure(
-    outcome="cancelled", error_type=None, verdict="ignored", retryable=False, retry_after=None
-)
-
-_UNTYPED_FAILURE = Failure(
-    # `_OTHER` is what the semantic conventions put into `error.type` for want of a better value.
-    outcome="error",
-    error_type="_OTHER",
-    verdict="failure",
-    retryable=False,
-    retry_after=None,
-)
 
 
 class Operation:
@@ -197,10 +193,10 @@ class Operation:
         with guard.contained("operation.fail"):
             if isinstance(error, BaseException):
                 self.failure = classify(error)
-                if self.failure.outcome in _FAILURES:
-                    self._record_exception(error)
+                if self.failure.outcome in FAILURES:
+                    record_exception(self.span, error)
             else:
-                self.failure = classify_response(error) or _UNTYPED_FAILURE
+                self.failure = classify_response(error) or UNTYPED_FAILURE
                 description = redact(error) if isinstance(error, str) else None
                 self.span.set_status(Status(StatusCode.ERROR, description))
 
@@ -386,7 +382,7 @@ class Operation:
             ledger = self.__dict__.setdefault("_ledger", CLOSED_LEDGER)
             if self.refused:
                 outcome, error_type = "rejected", REFUSED_TYPE
-                self._record_refusal(error)
+                record_refusal(self.span, error)
             elif (
                 failure is not None
                 or self.failure is not None
@@ -445,7 +441,7 @@ class Operation:
     def _record(self, telemetry: Telemetry, outcome: str, error_type: str | None) -> None:
         series = self.series
         if series is not None:
-            if outcome in _SUCCESSES:
+            if outcome in SUCCESSES:
                 series.last_success = time.time()
             telemetry.instruments.record(
                 (self._seconds, series, outcome, error_type, self.span.get_span_context())
@@ -494,7 +490,7 @@ class Operation:
     ) -> None:
         if self.outcome is None:
             failure = failure or self.failure
-            self.outcome = _outcome_of(failure, self._close_ledger(), self._failed_before)
+            self.outcome = outcome_of(failure, self._close_ledger(), self._failed_before)
             self._closing(self.outcome, failure, error)
             if self.permit is not None:
                 with guard.contained("breaker"):
@@ -513,12 +509,12 @@ class Operation:
         """Put what differs from a plain success on the span; return outcome and error type."""
         account = self._close_ledger()
         failure = failure or self.failure
-        outcome = _outcome_of(failure, account, self._failed_before)
+        outcome = outcome_of(failure, account, self._failed_before)
         error_type = None if failure is None else failure.error_type
         span = self.span
         if not span.is_recording():
             return outcome, error_type
-        attributes: dict[str, AttributeValue] = {} if account is None else _item_attributes(account)
+        attributes: dict[str, AttributeValue] = {} if account is None else item_attributes(account)
         if self._consumer_seconds is not None:
             attributes[names.CONSUMER_DURATION] = self._consumer_seconds
         if outcome != "ok":
@@ -526,101 +522,18 @@ class Operation:
         if error_type is not None:
             attributes[names.ERROR_TYPE] = error_type
         span.set_attributes(attributes)
-        if self.attempts > 1 and outcome in _SUCCESSES:
+        if self.attempts > 1 and outcome in SUCCESSES:
             span.set_status(Status(StatusCode.OK))  # an earlier attempt may have said ERROR
-        if error is not None and outcome in _FAILURES:
-            self._record_exception(error)
+        if error is not None and outcome in FAILURES:
+            record_exception(self.span, error)
         return outcome, error_type
-
-    def _record_refusal(self, error: BaseException | None) -> None:
-        """Set the status alone: the span began with all else, and the stack would tell nothing."""
-        span = self.span
-        if error is not None and span.is_recording():
-            span.set_status(Status(StatusCode.ERROR, str(error)))
-            _first_to_record(error, span.get_span_context().trace_id)
-
-    def _record_exception(self, error: BaseException) -> None:
-        """Set the status; and the event, if no inner operation of this trace has recorded it."""
-        span = self.span
-        if not span.is_recording():
-            return
-        message = message_of(error)
-        name = clean_name(type(error).__name__)
-        span.set_status(Status(StatusCode.ERROR, f"{name}: {message}" if message else name))
-        if _first_to_record(error, span.get_span_context().trace_id):
-            span.add_event(
-                names.EXCEPTION_EVENT,
-                {
-                    names.EXCEPTION_TYPE: _full_name(error),
-                    names.EXCEPTION_MESSAGE: message,
-                    names.EXCEPTION_STACKTRACE: stack_text(error),
-                },
-            )
 
     def _describe_item_failure(self, error: BaseException) -> None:
         self._item_events += 1
         if self._item_events > _ITEM_EVENTS or not self.span.is_recording():
             return
         with guard.contained("operation.failed"):
-            self.span.add_event(
-                names.ITEM_FAILED_EVENT,
-                {
-                    names.EXCEPTION_TYPE: _full_name(error),
-                    names.EXCEPTION_MESSAGE: message_of(error),
-                },
-            )
-
-
-_SUCCESSES = frozenset({"ok", "partial"})
-_FAILURES = frozenset({"error", "timeout", "rejected"})
-
-
-def _outcome_of(failure: Failure | None, account: ItemAccount | None, failed_before: int) -> str:
-    """Return how it ended; items that failed in attempts that were followed by one are past."""
-    if failure is not None and failure.outcome != "ok":
-        return failure.outcome
-    if account is not None and (account.failed > failed_before or account.unaccounted):
-        return "partial"
-    return "ok"
-
-
-def _item_attributes(account: ItemAccount) -> dict[str, AttributeValue]:
-    attributes: dict[str, AttributeValue] = {
-        names.ITEMS_RECEIVED: account.received,
-        names.ITEMS_CONVERTED: account.converted,
-        names.ITEMS_INGESTED: account.ingested,
-        names.ITEMS_SKIPPED: account.skipped,
-        names.ITEMS_FAILED: account.failed,
-        names.ITEMS_UNACCOUNTED: account.unaccounted,
-    }
-    if account.excess:
-        attributes[names.ITEMS_EXCESS] = account.excess
-    return attributes
-
-
-def _full_name(error: BaseException) -> str:
-    """Return the type as `exception.type` wants it: with its module, unless it is built in."""
-    cls = type(error)
-    name = (
-        cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
-    )
-    return clean_name(name)
-
-
-def _first_to_record(error: BaseException, trace_id: int) -> bool:
-    """Whether no operation of this trace has recorded `error` yet; marks it as recorded.
-
-    The mark is an attribute of the exception: an exception of a built-in type takes no weak
-    reference, and a strong one would keep the frames with all their locals alive.
-    """
-    if error.__dict__.get(_RECORDED_IN) == trace_id:
-        return False
-    # The base's setter: a frozen exception class may forbid its own.
-    BaseException.__setattr__(error, _RECORDED_IN, trace_id)
-    return True
-
-
-_RECORDED_IN = "_periscope_recorded_in"
+            describe_item_failure(self.span, error)
 
 
 def _restore(token: contextvars.Token[Any]) -> None:

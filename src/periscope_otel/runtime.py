@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from opentelemetry import metrics, trace
 
@@ -17,6 +17,7 @@ from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use, options_of
 from periscope_otel.operation import Operation
 from periscope_otel.report import ExportReport, SignalReport
+from periscope_otel.resilience import wiring
 from periscope_otel.resilience.breaker import breakers as all_breakers
 from periscope_otel.resilience.pausing import resumed, shutting_down
 from periscope_otel.settings import Settings, differences, load
@@ -204,14 +205,8 @@ class Runtime:
 
     def _share_breakers(self) -> None:
         url = self.settings.redis_url
-        if url is None or not self.settings.breaker_sharing:
-            return
-        from periscope_otel.redis_link import RedisLink
-        from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
-
-        self._sharing = SharedVerdicts(RedisLink(url), all_breakers)
-        self._sharing.start()
-        all_breakers.share(self._sharing)
+        if url is not None and self.settings.breaker_sharing:
+            self._sharing = wiring.share(url)
 
     def _wire_traces(self) -> None:
         if self.tracer_provider is not None:
@@ -229,26 +224,10 @@ class Runtime:
                 self._flush_threads.append(FlushThread("periscope-spans", processor.force_flush))
 
     def _drive_breakers(self, provider: TracerProvider) -> None:
-        """Have client spans drive the breakers of their hosts, as far as the provider lets them."""
-        from periscope_otel.resilience.sampler import RecordOnlySampler, check_sampler
-        from periscope_otel.resilience.span_processor import BreakerSpanProcessor
-
         is_ours, wanted = bool(self._processors), self.settings.breaker_spans
-        if wanted is False or not (wanted or is_ours):
-            return
-        add = getattr(provider, "add_span_processor", None)
-        if add is None:
-            logger.warning("breaker_spans: %s takes no span processor", type(provider).__name__)
-            return
-        add(BreakerSpanProcessor())
-        if not self.settings.record_client_spans:
-            return
-        if is_ours:
-            # Outside of what OTEL_TRACES_SAMPLER names, which the provider has read itself.
-            built: Any = provider
-            built.sampler = RecordOnlySampler(built.sampler)
-        elif (wrong := check_sampler(provider)) is not None:
-            logger.warning("record_client_spans: %s", wrong)
+        if wanted or (wanted is None and is_ours):
+            recorded = self.settings.record_client_spans
+            wiring.drive(provider, is_ours=is_ours, record_client_spans=recorded)
 
     def _wire_metrics(self) -> None:
         if self.meter_provider is not None:
@@ -367,8 +346,8 @@ class Runtime:
         for thread in self._flush_threads:
             thread.stop()
         if self._sharing is not None:
-            all_breakers.share(None)
-            self._sharing.close(max(0.1, deadline - time.monotonic()))
+            with guard.contained("breaker sharing"):
+                wiring.end_sharing(self._sharing, max(0.1, deadline - time.monotonic()))
         with guard.contained("dead letters"):
             in_use.close(max(0.1, deadline - time.monotonic()))
             in_use.configure(None)

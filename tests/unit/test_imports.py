@@ -47,6 +47,7 @@ ROOMS = (
     ("call_site",),
     ("lettered",),
     ("operation", "registry", "progress"),
+    ("ending",),
     ("dead_letter",),
     ("items",),
     ("resilience",),

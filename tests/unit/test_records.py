@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from periscope_otel.resilience.policy import STATES
 from periscope_otel.redaction import clean_name
+from periscope_otel.resilience.policy import STATES
 from periscope_otel.resilience.sharing.records import (
     DamagedRecordError,
     Record,
