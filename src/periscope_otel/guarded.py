@@ -14,6 +14,7 @@ from opentelemetry.context import get_current
 from periscope_otel import guard
 from periscope_otel.call_site import CallSite, contained_call
 from periscope_otel.ending import REFUSED_TYPE
+from periscope_otel.failure import Failure
 from periscope_otel.operation import enclosing_operation
 from periscope_otel.resilience.breaker import Breaker, breakers
 from periscope_otel.resilience.retry import Retry
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     ]
     """What `prepare` was given."""
 
+
+_REFUSED: Final = Failure("rejected", REFUSED_TYPE, "ignored", retryable=False)
 
 _OF_REFUSED: Final[dict[str, AttributeValue]] = {
     names.OUTCOME: "rejected",
@@ -168,7 +171,8 @@ class GuardedCallSite(CallSite):
                 guard.report("rejected call", own_error)
             return error, None
         operation = self._begun(breaker, None, call)
-        operation.settle(error.periscope_failure, error)
+        # A dead letter also wants to know when to try again; nothing else here does.
+        operation.settle(_REFUSED if self._letters is None else error.periscope_failure, error)
         return error, operation
 
     def _count_rejected(self, call: _Call) -> None:

@@ -5,8 +5,9 @@ Each script's JSON goes into `results/`, and all of them into the table `results
 `--only SCRIPT` runs one again, and takes the others from their files. `stack` needs the servers of
 tests/stack, `dead_letters` a redis-server.
 
-Not run by it, since they are no ratios of costs: `kill_letters.py` (what kills lose) and
-`put_in_faults.py` (what a put costs while something happens to Redis).
+Not run by it, since they are no ratios of costs: `kill_letters.py` (what kills lose),
+`put_in_faults.py` (what a put costs while something happens to Redis) and `feed_simulation.py` (what
+breakers make of failing feeds).
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from harness import Measure, here
 if TYPE_CHECKING:
     from pathlib import Path
 
-SCRIPTS = ("call_cost", "peers", "memory", "import_cost", "black_hole", "stack", "dead_letters")
+SCRIPTS = (
+    "call_cost", "peers", "memory", "import_cost", "black_hole", "stack", "dead_letters",
+    "resilience",
+)  # fmt: skip
 QUICK = {
     "memory": ["--rounds", "1", "--calls", "100000"],
     "stack": ["--rounds", "1", "--seconds", "1"],

@@ -59,11 +59,11 @@ def main() -> None:
     options = arguments(__doc__, rounds=40, calls=2_000)
     report = start_report(__doc__, options)
     with host("one") as one:
-        memory = one.ask("memory", 10_000)["bytes"] / 1e6
         rounds = interleave(
             {name: one.subject(name) for name in ONE}, options.rounds, options.calls
         )
     with host("many") as many:
+        memory = many.ask("memory", 10_000)["bytes"] / 1e6
         rounds |= interleave(
             {name: many.subject(name) for name in MANY}, options.rounds, options.calls * 10
         )

@@ -70,24 +70,21 @@ class Permit:
         ...     permit.settle(None if fetch() else failure)
     """
 
-    __slots__ = (
-        "_running_since", "_seconds", "breaker", "failure", "generation", "lease", "outcome",
-        "span_context",
-    )  # fmt: skip
+    # What most permits never set is a default of the class: one is made for every call.
+    lease: str | None = None
+    """The lease of a probe that other processes know of."""
+    failure: Failure | None = None
+    """How the call ended, for a `settle` that is not told."""
+    span_context: SpanContext | None = None
+    """The call's span: what a transition is linked to."""
+    outcome: str | None = None
+    """`success`, `failure` or `ignored` once it is settled; None before."""
+    _seconds = 0.0
 
     def __init__(self, breaker: Circuit, generation: int, now: float) -> None:
         self.breaker = breaker
         self.generation = generation
         self._running_since: float | None = now
-        self._seconds = 0.0
-        self.lease: str | None = None
-        """The lease of a probe that other processes know of."""
-        self.failure: Failure | None = None
-        """How the call ended, for a `settle` that is not told."""
-        self.span_context: SpanContext | None = None
-        """The call's span: what a transition is linked to."""
-        self.outcome: str | None = None
-        """`success`, `failure` or `ignored` once it is settled; None before."""
 
     def conclude(self, failure: Failure | None, span_context: SpanContext | None = None) -> None:
         """Say how the call ended, for whoever settles the permit."""
@@ -130,9 +127,10 @@ class Circuit:
 
     __slots__ = (
         "__weakref__", "_busy_until", "_closed_since", "_failed_in_a_row", "_first_generation",
-        "_generation", "_has_news", "_in_flight", "_leases", "_listeners", "_lock", "_openings",
-        "_own_name", "_reason", "_second", "_slow_in_a_row", "_state", "_successes", "_told",
-        "_until", "_window", "clock", "counts", "moved", "name", "policy", "rng", "sharing",
+        "_generation", "_has_news", "_in_flight", "_is_timed", "_leases", "_listeners", "_lock",
+        "_openings", "_own_name", "_reason", "_second", "_slow_in_a_row", "_state", "_successes",
+        "_told", "_until", "_window", "clock", "counts", "moved", "name", "policy", "rng",
+        "sharing",
     )  # fmt: skip
 
     def __init__(
@@ -149,6 +147,7 @@ class Circuit:
             raise ValueError("a breaker needs a name")
         self.policy = policy.changed(**changes) if changes else policy
         self._own_name = (self.name,)
+        self._is_timed = self.policy.slow_threshold is not None
         self.clock = clock
         self.rng = rng
         self.sharing: Sharing | None = None
@@ -324,16 +323,31 @@ class Circuit:
         with self._lock:
             if permit.outcome is not None:
                 return False
+            window = self._window
+            if (
+                failure is None
+                and self._state == "closed"
+                and permit.generation == self._generation
+                and not (self._is_timed or self._failed_in_a_row or window.failures)
+            ):
+                # What nearly every call is, while all is well: the rest would come to the same.
+                permit.outcome = "success"
+                self._in_flight -= 1
+                self.counts[0] += 1
+                window.add(now, False, False)
+                return True
             verdict: Verdict = "success"
             if failure is not None:  # an exception that answers for itself may say anything
                 verdict = failure.verdict if failure.verdict in OUTCOMES else "failure"
             permit.outcome = verdict
-            if permit.generation != self._generation and self._is_of_the_parent(permit):
-                return True
-            self._in_flight -= 1
-            self.counts[_INDEX[verdict]] += 1
             if permit.generation == self._generation:
+                self._in_flight -= 1
                 self._judge(permit, verdict, failure, now)
+            elif self._is_of_the_parent(permit):
+                return True
+            else:
+                self._in_flight -= 1
+            self.counts[_INDEX[verdict]] += 1
         if permit.lease is not None:
             self._give_back(permit.lease, permit.outcome)
         if self._has_news:
@@ -369,7 +383,7 @@ class Circuit:
                 self._failed_in_a_row = 0
         self._slow_in_a_row = self._slow_in_a_row + 1 if slow else 0
         window = self._window
-        window.add(now, failed=verdict == "failure", slow=slow)
+        window.add(now, verdict == "failure", slow)
         if (window.failures or window.slow) and (reason := self._why_open()):
             self._open(reason, now, permit, failure)
 

@@ -31,7 +31,7 @@ class Window:
         self._part = [0, 0, 0]
         self._parts: list[tuple[int, list[int]]] | None = None
 
-    def add(self, now: float, *, failed: bool, slow: bool) -> None:
+    def add(self, now: float, failed: bool, slow: bool) -> None:
         """Count a call that has ended at `now`."""
         step = int(now / self._step)
         if step > self._newest:
