@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from periscope_otel.monitored import monitored
 from periscope_otel.operation import Operation, current_operation
-from periscope_otel.resilience.breaker import Breaker
-from periscope_otel.resilience.errors import CircuitOpenError
-from periscope_otel.resilience.policy import BreakerPolicy
-from periscope_otel.resilience.retry import Retry
 from periscope_otel.scope import operation
 from periscope_otel.version import __version__
 
 if TYPE_CHECKING:
     from periscope_otel.patching import monitor_function
+    from periscope_otel.resilience.breaker import Breaker
+    from periscope_otel.resilience.errors import CircuitOpenError
+    from periscope_otel.resilience.policy import BreakerPolicy
+    from periscope_otel.resilience.retry import Retry
     from periscope_otel.runtime import configure, shutdown
 
 __all__ = [
@@ -40,8 +40,12 @@ __all__ = [
     "shutdown",
 ]
 
-# Loaded when first used: they need the OpenTelemetry SDK, exporters and wrapt.
+# Loaded when first used: by those who need them, and the OpenTelemetry SDK, exporters and wrapt.
 _LATE = {
+    "Breaker": "periscope_otel.resilience.breaker",
+    "BreakerPolicy": "periscope_otel.resilience.policy",
+    "CircuitOpenError": "periscope_otel.resilience.errors",
+    "Retry": "periscope_otel.resilience.retry",
     "configure": "periscope_otel.runtime",
     "monitor_function": "periscope_otel.patching",
     "shutdown": "periscope_otel.runtime",

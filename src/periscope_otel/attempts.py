@@ -148,19 +148,3 @@ class Attempts:
         self._begin()
         self._operation.suspend()  # as at a `yield`: it is resumed where it goes on
         return True
-
-
-def kept_of(attempts: Attempts | None, error: BaseException) -> BaseException:
-    """Return what a generator ends with: perhaps the error of an attempt before."""
-    return error if attempts is None else attempts.error_kept(error)
-
-
-def conclude(attempts: Attempts | None, error: BaseException) -> None:
-    """Raise that of an attempt before, if it is so; in any case hold on to none."""
-    if attempts is None:
-        return
-    try:
-        if attempts.error_kept(error) is not error:
-            attempts.conclude()
-    finally:
-        attempts.let_go()

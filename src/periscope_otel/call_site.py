@@ -12,7 +12,7 @@ from opentelemetry.trace import SpanKind
 from periscope_otel import guard
 from periscope_otel.ending import CANCELLED
 from periscope_otel.failure import Failure, classify, message_of
-from periscope_otel.lettered import Call, LetteredOperation
+from periscope_otel.lettered import Call
 from periscope_otel.operation import Operation, enclosing_operation
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attributes, clean_label
@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from opentelemetry.util.types import AttributeValue
 
     from periscope_otel.lettered import LetterPolicy
+    from periscope_otel.resilience.breaker import Breaker
     from periscope_otel.resilience.retry import Retry
 
     PerCall: TypeAlias = Callable[[dict[str, Any]], object]
     """A value worked out for each call, from its bound arguments by name."""
+
+    BreakerChoice: TypeAlias = str | Breaker | PerCall
+    """A breaker, its name, or a callable of the bound arguments that returns either."""
 
     ResultPredicate: TypeAlias = Callable[[Any], object]
     """Says of a returned value whether it means failure."""
@@ -81,6 +85,11 @@ class CallSite:
         }
         self._function = function
         self._letters = letters
+        if letters is not None:
+            # Now, and not by those who keep no letters.
+            from periscope_otel.lettered.operation import LetteredOperation
+
+            self._lettered = LetteredOperation
         self._is_plain = not self._per_call and letters is None
         self._signature: inspect.Signature | None = None
 
@@ -131,9 +140,12 @@ class CallSite:
     def _make(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Operation:
         if self._letters is None:
             return Operation(self._name, self._feed)
-        call = Call(self._function, args, kwargs or {})
-        operation = LetteredOperation(
-            self._name, self._feed, self._letters, call, lambda: self._bind(args, kwargs or {})
+        operation = self._lettered(
+            self._name,
+            self._feed,
+            self._letters,
+            Call(self._function, args, kwargs or {}),
+            lambda: self._bind(args, kwargs or {}),
         )
         operation.in_coroutine = self.in_coroutine
         with guard.contained("worker start"):
@@ -214,6 +226,31 @@ class CallSite:
             return None
         bound.apply_defaults()
         return bound.arguments
+
+
+def call_site(
+    name: str | PerCall,
+    *,
+    breaker: BreakerChoice | None = None,
+    retry: Retry | None = None,
+    **fixed: Any,
+) -> CallSite:
+    """Return what all operations begun at one place share.
+
+    Args:
+        name: The operation's name, or a callable of the bound arguments.
+        breaker: The breaker of what is called there.
+        retry: When to call again.
+        **fixed: As for `CallSite`.
+
+    Raises:
+        TypeError: If one of them is of another type.
+    """
+    if breaker is None and retry is None:
+        return CallSite(name, **fixed)
+    from periscope_otel.guarded import GuardedCallSite  # which only some users need
+
+    return GuardedCallSite(name, breaker, retry, **fixed)
 
 
 def entered(operation: Operation) -> Operation:

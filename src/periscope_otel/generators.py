@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from periscope_otel import guard
-from periscope_otel.attempts import Attempts, conclude, kept_of
 from periscope_otel.call_site import failure_of, finish_raised, judge
 from periscope_otel.scope import written_down
 from periscope_otel.telemetry.worker import worker
@@ -15,8 +14,10 @@ from periscope_otel.telemetry.worker import worker
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 
+    from periscope_otel.attempts import Attempts
     from periscope_otel.call_site import CallSite, ResultPredicate
     from periscope_otel.operation import Operation
+    from periscope_otel.resilience.retry import Retry
 
 
 def wrap_generator(
@@ -27,7 +28,7 @@ def wrap_generator(
     def monitored_generator(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         inner = function(*args, **kwargs)
         operation, _keeper = _begin_generator(site.prepare(args, kwargs))
-        attempts = None if site.retry is None else Attempts(operation, site.retry)
+        attempts = _attempts_of(operation, site.retry)
         step: Callable[[Any], Any] = inner.send
         sent: Any = None
         closing = False
@@ -48,8 +49,8 @@ def wrap_generator(
                     inner = function(*args, **kwargs)
                     step = inner.send
                     continue
-                _finish_generator(operation, kept_of(attempts, error), closing=closing)
-                conclude(attempts, error)
+                _finish_generator(operation, _kept(attempts, error), closing=closing)
+                _conclude(attempts, error)
                 raise
             attempts = None
             operation.suspend()
@@ -71,7 +72,7 @@ def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callab
     async def monitored_async_generator(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
         inner = function(*args, **kwargs)
         operation, _keeper = _begin_generator(await site.prepare_async(args, kwargs))
-        attempts = None if site.retry is None else Attempts(operation, site.retry)
+        attempts = _attempts_of(operation, site.retry)
         if operation.journal_waiting:
             await written_down(operation)
         step: Callable[[Any], Awaitable[Any]] = functools.partial(_first_step, inner)
@@ -90,10 +91,10 @@ def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callab
                     inner = function(*args, **kwargs)
                     step = functools.partial(_first_step, inner)
                     continue
-                kept = kept_of(attempts, error)
+                kept = _kept(attempts, error)
                 await _finish_async_generator(operation, kept, closing=closing)
                 del kept
-                conclude(attempts, error)
+                _conclude(attempts, error)
                 raise
             attempts = None
             operation.suspend()
@@ -139,6 +140,30 @@ class _Keeper:
 
     def __del__(self) -> None:
         self._operation.abandon()
+
+
+def _attempts_of(operation: Operation, retry: Retry | None) -> Attempts | None:
+    if retry is None:
+        return None
+    from periscope_otel.attempts import Attempts  # which only some users need
+
+    return Attempts(operation, retry)
+
+
+def _kept(attempts: Attempts | None, error: BaseException) -> BaseException:
+    """Return what a generator ends with: perhaps the error of an attempt before."""
+    return error if attempts is None else attempts.error_kept(error)
+
+
+def _conclude(attempts: Attempts | None, error: BaseException) -> None:
+    """Raise that of an attempt before, if it is so; in any case hold on to none."""
+    if attempts is None:
+        return
+    try:
+        if attempts.error_kept(error) is not error:
+            attempts.conclude()
+    finally:
+        attempts.let_go()
 
 
 def _begin_generator(operation: Operation) -> tuple[Operation, _Keeper]:

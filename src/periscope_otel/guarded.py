@@ -29,13 +29,10 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Link
     from opentelemetry.util.types import AttributeValue
 
-    from periscope_otel.call_site import PerCall
+    from periscope_otel.call_site import BreakerChoice, PerCall
     from periscope_otel.operation import Operation
     from periscope_otel.resilience.circuit import Permit
     from periscope_otel.resilience.errors import CircuitOpenError
-
-    BreakerChoice: TypeAlias = str | Breaker | PerCall
-    """A breaker, its name, or a callable of the bound arguments that returns either."""
 
     _Call: TypeAlias = tuple[
         tuple[Any, ...], Mapping[str, Any] | None, Context | None, Sequence[Link] | None
@@ -49,29 +46,6 @@ _OF_REFUSED: Final[dict[str, AttributeValue]] = {
     names.OUTCOME: "rejected",
     names.ERROR_TYPE: REFUSED_TYPE,
 }
-
-
-def call_site(
-    name: str | PerCall,
-    *,
-    breaker: BreakerChoice | None = None,
-    retry: Retry | None = None,
-    **fixed: Any,
-) -> CallSite:
-    """Return what all operations begun at one place share.
-
-    Args:
-        name: The operation's name, or a callable of the bound arguments.
-        breaker: The breaker of what is called there.
-        retry: When to call again.
-        **fixed: As for `CallSite`.
-
-    Raises:
-        TypeError: If one of them is of another type.
-    """
-    if breaker is None and retry is None:
-        return CallSite(name, **fixed)
-    return GuardedCallSite(name, breaker, retry, **fixed)
 
 
 class GuardedCallSite(CallSite):

@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from opentelemetry.trace import SpanKind
 
-from periscope_otel.attempts import Attempts
-from periscope_otel.call_site import entered, finish_raised, judge
+from periscope_otel.call_site import call_site, entered, finish_raised, judge
 from periscope_otel.generators import wrap_async_generator, wrap_generator
-from periscope_otel.guarded import call_site
 from periscope_otel.lettered import policy_of
 from periscope_otel.registry import register
 
@@ -239,6 +237,8 @@ def _wrap_function(
 def _wrap_retried_function(
     function: Callable[..., Any], site: CallSite, retry: Retry, result: ResultPredicate | None
 ) -> Callable[..., Any]:
+    from periscope_otel.attempts import Attempts
+
     begin = site.begin
 
     def retried_function(*args: Any, **kwargs: Any) -> Any:
@@ -290,6 +290,8 @@ def _wrap_coroutine(
 def _wrap_guarded_coroutine(
     function: Callable[..., Any], site: CallSite, result: ResultPredicate | None
 ) -> Callable[..., Any]:
+    from periscope_otel.attempts import Attempts
+
     site.in_coroutine = True
     retry = site.retry
 

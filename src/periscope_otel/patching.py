@@ -16,7 +16,7 @@ import wrapt
 from opentelemetry.trace import SpanKind
 
 from periscope_otel import guard
-from periscope_otel.guarded import call_site
+from periscope_otel.call_site import call_site
 from periscope_otel.lettered import policy_of
 from periscope_otel.monitored import default_name, refuse_what_is_no_function, wrap
 from periscope_otel.registry import register

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
-from periscope_otel.call_site import finish_raised
-from periscope_otel.guarded import call_site
+from periscope_otel.call_site import call_site, finish_raised
 from periscope_otel.lettered import policy_of
 
 if TYPE_CHECKING:

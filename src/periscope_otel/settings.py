@@ -6,7 +6,6 @@ meaning.
 
 from __future__ import annotations
 
-import difflib
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -324,6 +323,8 @@ def _warn_of_unknown(environment: Mapping[str, str]) -> None:
     known = [setting.variable for setting in SETTINGS]
     for variable in environment:
         if variable.startswith(PREFIX) and variable not in (*known, *_OF_SCRIPTS):
+            import difflib  # for a mistake alone
+
             near = difflib.get_close_matches(variable, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             guard.warn(

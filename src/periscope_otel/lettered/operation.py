@@ -17,7 +17,7 @@ from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use
 from periscope_otel.dead_letter.replaying import REPLAYING
 from periscope_otel.dead_letter.threads import in_a_thread, submit
-from periscope_otel.lettered.payload import Call, Payload
+from periscope_otel.lettered.payload import Payload
 from periscope_otel.lettered.writing import put, put_contained
 from periscope_otel.operation import Operation
 from periscope_otel.redaction import clean_name, redact
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter.letter import Letter
     from periscope_otel.dead_letter.replaying import Replaying
     from periscope_otel.failure import Failure
-    from periscope_otel.lettered.policy import LetterPolicy
+    from periscope_otel.lettered.policy import Call, LetterPolicy
     from periscope_otel.resilience.circuit import Permit
 
 MOST_HELD: Final = 1000

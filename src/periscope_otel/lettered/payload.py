@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 from periscope_otel import guard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from periscope_otel.dead_letter.codecs import Encoded
-    from periscope_otel.lettered.policy import LetterPolicy
+    from periscope_otel.lettered.policy import Call, LetterPolicy
 
 _NOTHING: Final = object()
-
-
-class Call(NamedTuple):
-    """The call that an operation stands for."""
-
-    function: Callable[..., Any] | None
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
 
 
 class Payload:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from periscope_otel.dead_letter.in_use import in_use
-from periscope_otel.dead_letter.names import queue_name
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 ITEMS: Final = "items"
 """What `dead_letter=` is given for letters of failed items alone."""
+
+
+class Call(NamedTuple):
+    """The call that an operation stands for."""
+
+    function: Callable[..., Any] | None
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
 
 class LetterPolicy(NamedTuple):
@@ -52,6 +57,10 @@ def policy_of(
     for what, value in (("payload", payload), ("idempotency_key", key)):
         if value is not None and not callable(value):
             raise TypeError(f"{what}= takes a callable, not {type(value).__name__}")
+    # Now, and not by those who keep no letters; a failure is no time to import anything.
+    from periscope_otel.dead_letter.in_use import in_use
+    from periscope_otel.dead_letter.names import queue_name
+
     queue = "default" if dead_letter is True or dead_letter == ITEMS else queue_name(dead_letter)
     in_use.want(queue)
     return LetterPolicy(queue, dead_letter == ITEMS, payload, key, journal, rejected)
