@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from periscope_otel.call_site import failure_of
+from periscope_otel.call_site import failure_of, finish_raised
 from periscope_otel.resilience.retry_telemetry import tell_of_retry
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Attempts:
                     value = call()
                 except Exception as error:
                     wait = self._ended(error)
-                    if wait is None and self.error_kept(error) is error:
+                    if wait is None and not self._retrying.rejected:
                         raise
                 else:
                     if not self._failed(value):
@@ -70,7 +70,7 @@ class Attempts:
                     value = await call()
                 except Exception as error:
                     wait = self._ended(error)
-                    if wait is None and self.error_kept(error) is error:
+                    if wait is None and not self._retrying.rejected:
                         raise
                 else:
                     if not self._failed(value):
@@ -87,19 +87,33 @@ class Attempts:
         if not isinstance(error, Exception):
             return False
         wait = self._ended(error)
-        return wait is not None and self._retrying.again(wait) and self._resumed()
+        try:
+            return wait is not None and self._retrying.again(wait) and self._resumed()
+        except BaseException as interruption:
+            self.let_go()
+            finish_raised(self._operation, interruption)
+            raise
 
     async def again_before_items_async(self, error: BaseException) -> bool:
         """Begin the next attempt of an async generator likewise."""
         if not isinstance(error, Exception):
             return False
         wait = self._ended(error)
-        return wait is not None and await self._retrying.again_async(wait) and self._resumed()
+        try:
+            return wait is not None and await self._retrying.again_async(wait) and self._resumed()
+        except BaseException as interruption:
+            self.let_go()
+            finish_raised(self._operation, interruption)
+            if self._operation.letters_waiting:
+                await self._operation.deliver()
+            raise
 
     def error_kept(self, error: BaseException) -> BaseException:
         """Return what the caller gets: an earlier error, if a breaker inside rejected the last."""
-        kept = None if self._state is None else self._state.error
-        return error if kept is None else kept
+        state = self._state
+        if state is None or not state.rejected or state.error is None:
+            return error
+        return state.error
 
     def conclude(self) -> None:
         """Raise that, as it was."""
@@ -130,12 +144,17 @@ class Attempts:
         operation, retry, retrying = self._operation, self._retry, self._retrying
         failure = operation.failure if error is None else failure_of(error)
         if failure is None:
+            retrying.rejected = False
             return None
-        if operation.attempts < retry.attempts and retry.may_retry(failure, error):
+        may_follow = retry.on is not None or failure.retryable
+        if may_follow and operation.attempts < retry.attempts:
             operation.settle_attempt(failure, error)  # the breaker is asked for the next one
         wait = retrying.after(failure, error, value)
-        if wait is not None:
+        if wait is not None or retrying.rejected:
             operation.settle_attempt(failure, error)
+        operation.attempts = retrying.attempt
+        if wait is not None:
+            operation.last_attempt = (failure, error)
             if not retrying.rejected:
                 tell_of_retry(operation.span, operation.series, retrying.attempt, wait, failure)
         return wait

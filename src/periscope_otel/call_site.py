@@ -299,7 +299,11 @@ def failure_of(error: BaseException) -> Failure | None:
 def finish_raised(operation: Operation, error: BaseException) -> None:
     """Leave and settle an operation that `error` ended."""
     operation.leave()
-    if isinstance(error, GeneratorExit):
+    if operation.last_attempt is not None and not isinstance(error, Exception):
+        # Interrupted while it waited for the next attempt: the last one is what it came to.
+        end = operation.settle_later if isinstance(error, GeneratorExit) else operation.settle
+        end(*operation.last_attempt)
+    elif isinstance(error, GeneratorExit):
         # A coroutine that is closed; perhaps by a finaliser, where no lock may be taken.
         operation.settle_later(CANCELLED)
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from periscope_otel import guard
 from periscope_otel.call_site import failure_of, finish_raised, judge
+from periscope_otel.ending import CANCELLED
 from periscope_otel.scope import written_down
 from periscope_otel.telemetry.worker import worker
 
@@ -44,6 +45,7 @@ def wrap_generator(
                 _finish_generator(operation, closing=closing)
                 return stop.value
             except BaseException as error:
+                _excuse(operation, error, sent)
                 sent = None  # or the error's traceback would refer to the error
                 if attempts is not None and attempts.again_before_items(error):
                     inner = function(*args, **kwargs)
@@ -86,6 +88,7 @@ def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callab
                 await _finish_async_generator(operation, closing=closing)
                 return
             except BaseException as error:
+                _excuse(operation, error, sent)
                 sent = None
                 if attempts is not None and await attempts.again_before_items_async(error):
                     inner = function(*args, **kwargs)
@@ -140,6 +143,12 @@ class _Keeper:
 
     def __del__(self) -> None:
         self._operation.abandon()
+
+
+def _excuse(operation: Operation, error: BaseException, sent: object) -> None:
+    """Have an exception that the consumer threw in, and that only came back, blame no breaker."""
+    if error is sent and operation.permit is not None:
+        operation.permit.settle(CANCELLED)
 
 
 def _attempts_of(operation: Operation, retry: Retry | None) -> Attempts | None:

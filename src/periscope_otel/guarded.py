@@ -17,10 +17,12 @@ from periscope_otel.ending import REFUSED_TYPE
 from periscope_otel.failure import Failure
 from periscope_otel.operation import enclosing_operation
 from periscope_otel.resilience.breaker import Breaker, breakers
+from periscope_otel.resilience.guards import guarding
 from periscope_otel.resilience.retry import Retry
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_label
 from periscope_otel.telemetry.current import current, discover
+from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,7 +91,7 @@ class GuardedCallSite(CallSite):
             CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
         """
         breaker = self._breaker_of(args, kwargs)
-        if breaker is None:
+        if breaker is None or breaker.name in guarding(parent):
             return super().prepare(args, kwargs, parent, links)
         try:
             permit = breaker.allow()
@@ -114,7 +116,7 @@ class GuardedCallSite(CallSite):
             CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
         """
         breaker = self._breaker_of(args, kwargs)
-        if breaker is None:
+        if breaker is None or breaker.name in guarding(parent):
             return super().prepare(args, kwargs, parent, links)
         try:
             permit = await breaker.allow_async()
@@ -132,6 +134,8 @@ class GuardedCallSite(CallSite):
         operation = self._make(*call[:2])
         operation.breaker, operation.permit = breaker, permit
         operation.refused = permit is None
+        with guard.contained("worker start"):
+            worker.start()  # a coroutine that is closed settles there
         self._start(operation, *call)
         return operation
 

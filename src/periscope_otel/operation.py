@@ -46,7 +46,8 @@ from periscope_otel.items import (
     ItemLedger,
 )
 from periscope_otel.redaction import redact
-from periscope_otel.resilience.awaiting import GUARDED_KEY, await_end, settle_awaiting
+from periscope_otel.resilience.awaiting import await_end, settle_awaiting
+from periscope_otel.resilience.guards import GUARDED, GUARDED_KEY
 from periscope_otel.telemetry import names
 from periscope_otel.telemetry.attributes import clean_attribute
 from periscope_otel.telemetry.enclosing import OPERATION_KEY, UNOBSERVED
@@ -94,10 +95,13 @@ class Operation:
     """What its breaker has given it; that of the last attempt, where there were several."""
     refused = False
     """Whether its breaker gave it none, so that no call was made."""
+    last_attempt: tuple[Failure, BaseException | None] | None = None
+    """How the attempt ended that is to be followed by another one, until that begins."""
     attempts = 1
     """How many attempts it has taken so far."""
     _telemetry: Telemetry | None = None
     token: contextvars.Token[Any] | None = None
+    _guarding: contextvars.Token[Any] | None = None
     _resumed_at: float = 0.0
     _seconds: float = 0.0
     _ledger: ItemLedger | None = None
@@ -192,7 +196,8 @@ class Operation:
         """
         with guard.contained("operation.fail"):
             if isinstance(error, BaseException):
-                self.failure = classify(error)
+                breaker = self.breaker
+                self.failure = classify(error) if breaker is None else breaker.failure_of(error)
                 if self.failure.outcome in FAILURES:
                     record_exception(self.span, error)
             else:
@@ -240,7 +245,7 @@ class Operation:
     def settle_attempt(self, failure: Failure, error: BaseException | None) -> None:
         """Tell the breaker of an attempt that has ended and may be followed by another one."""
         permit = self.permit
-        if permit is not None:
+        if permit is not None and permit.outcome is None:
             with guard.contained("breaker"):
                 permit.conclude(self._verdict(permit, failure, error), self.span.get_span_context())
                 permit.settle()
@@ -248,7 +253,7 @@ class Operation:
     def begin_again(self, permit: Permit | None) -> None:
         """Begin a further attempt: what the one before has counted stays, what it said is void."""
         self.permit = permit
-        self.failure = None
+        self.failure = self.last_attempt = None
         if self._ledger is not None:
             self._failed_before = self._ledger.begin_again()
 
@@ -281,7 +286,7 @@ class Operation:
         context = parent | {SPAN_KEY: self.span, OPERATION_KEY: self}
         if self.permit is not None:
             guards: Any = parent.get(GUARDED_KEY, ())
-            context[GUARDED_KEY] = (*guards, self.permit.breaker.name)
+            context[GUARDED_KEY] = (*guards, self)
         self.context = Context(context)
         telemetry.live.add(self)
 
@@ -293,6 +298,8 @@ class Operation:
             self.token = UNOBSERVED.set(self._resume_in or self)
         else:
             self.token = attach(self.context)
+        if self.permit is not None:
+            self._guarding = GUARDED.set((*GUARDED.get(), self))
         if self._telemetry is not None:
             self._resumed_at = self._telemetry.clock()
 
@@ -302,6 +309,9 @@ class Operation:
         if token is None:
             return
         self.token = None
+        if self._guarding is not None:
+            _restore(self._guarding)
+            self._guarding = None
         if self._telemetry is not None:
             self._seconds += self._telemetry.clock() - self._resumed_at
         try:
@@ -396,11 +406,12 @@ class Operation:
             known = failure or self.failure
             outcome, error_type = ("ok", None) if known is None else (known.outcome, None)
         self._closing(outcome, failure or self.failure, error)  # whatever came of the span
+        self.last_attempt = None  # or its traceback would refer to this, and this to it
         self.outcome = outcome
         # The context refers to this operation: without the circle it is freed at once.
         self.context = None
         permit = self.permit
-        if permit is not None:
+        if permit is not None and permit.outcome is None:
             self._conclude(permit, failure, error)
         try:
             self.span.end(ended_at)
@@ -452,7 +463,8 @@ class Operation:
         telemetry = self._telemetry
         if telemetry is not None and self.token is not None:
             self._seconds += telemetry.clock() - self._resumed_at
-        self.settle(CANCELLED)
+        # An attempt that has failed is what it came to, though the next one was still waited for.
+        self.settle(*(self.last_attempt or (CANCELLED, None)))
 
     def abandon(self) -> None:
         """Settle, if nothing else has: what ran it is gone. Called by finalisers."""

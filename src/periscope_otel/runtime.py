@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter.queue import DeadLetterQueue
     from periscope_otel.resilience.policy import BreakerPolicy
     from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
+    from periscope_otel.resilience.span_processor import BreakerSpanProcessor
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")
@@ -93,12 +94,13 @@ class Runtime:
         self._hooks = ExitHooks(self._end)
         self._reset_end()
         self._sharing: SharedVerdicts | None = None
+        self._breaker_spans: BreakerSpanProcessor | None = None
         resumed()
         self._use_dead_letters(on_lost)
-        self._share_breakers()
         if settings.prometheus is not None:
             self._serve(settings.prometheus.host, settings.prometheus.port)
         try:
+            self._share_breakers()
             self._wire_traces()
             self._wire_metrics()
             self.telemetry = self._use()
@@ -227,7 +229,9 @@ class Runtime:
         is_ours, wanted = bool(self._processors), self.settings.breaker_spans
         if wanted or (wanted is None and is_ours):
             recorded = self.settings.record_client_spans
-            wiring.drive(provider, is_ours=is_ours, record_client_spans=recorded)
+            self._breaker_spans = wiring.drive(
+                provider, is_ours=is_ours, record_client_spans=recorded
+            )
 
     def _wire_metrics(self) -> None:
         if self.meter_provider is not None:
@@ -310,6 +314,7 @@ class Runtime:
     def _end(self, kind: str) -> None:
         """Called at the end of the process, whatever ends it."""
         self._ending = True
+        shutting_down()  # what waits for an attempt ends with what its last one came to
         for operation in tuple(self.telemetry.live):
             with guard.contained("operation at the end"):
                 if isinstance(operation, Operation):
@@ -345,12 +350,17 @@ class Runtime:
             _run_until(deadline, close)
         for thread in self._flush_threads:
             thread.stop()
-        if self._sharing is not None:
-            with guard.contained("breaker sharing"):
-                wiring.end_sharing(self._sharing, max(0.1, deadline - time.monotonic()))
+        self._end_breakers(deadline)
         with guard.contained("dead letters"):
             in_use.close(max(0.1, deadline - time.monotonic()))
             in_use.configure(None)
+
+    def _end_breakers(self, deadline: float) -> None:
+        if self._breaker_spans is not None:
+            self._breaker_spans.shutdown()
+        if self._sharing is not None:
+            with guard.contained("breaker sharing"):
+                wiring.end_sharing(self._sharing, max(0.1, deadline - time.monotonic()))
 
     def _say(self, report: ExportReport) -> None:
         wanted = self.settings.exit_report

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Link, SpanContext, SpanKind
 
-from periscope_otel.call_site import call_site, finish_raised
+from periscope_otel.call_site import call_site, entered, finish_raised
 from periscope_otel.lettered import policy_of
 
 if TYPE_CHECKING:
@@ -46,9 +46,8 @@ class OperationBlock:
 
     def __enter__(self) -> Operation:
         self._begin_once()
-        self._operation = operation = self._site.prepare(parent=self._parent, links=self._links)
-        operation.enter()
-        return operation
+        self._operation = self._site.prepare(parent=self._parent, links=self._links)
+        return entered(self._operation)
 
     def _begin_once(self) -> None:
         if self._begun:
@@ -76,8 +75,7 @@ class OperationBlock:
         self._operation = operation
         if operation.journal_waiting:
             await written_down(operation)
-        operation.enter()
-        return operation
+        return entered(operation)
 
     async def __aexit__(
         self,
@@ -131,6 +129,8 @@ def operation(
         >>> with operation("store", feed="urlhaus") as op:
         ...     op.ingested(database.insert(op.track(rows)))
     """
+    if callable(breaker):
+        raise TypeError("operation(breaker=) takes a name or a Breaker: there are no arguments")
     letters = policy_of(
         dead_letter,
         None if payload is None else lambda _: payload,

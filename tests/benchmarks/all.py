@@ -6,8 +6,8 @@ Each script's JSON goes into `results/`, and all of them into the table `results
 tests/stack, `dead_letters` a redis-server.
 
 Not run by it, since they are no ratios of costs: `kill_letters.py` (what kills lose),
-`put_in_faults.py` (what a put costs while something happens to Redis) and `feed_simulation.py` (what
-breakers make of failing feeds).
+`put_in_faults.py` (what a put costs while something happens to Redis) and `feed_simulation.py`
+(what breakers make of failing feeds).
 """
 
 from __future__ import annotations

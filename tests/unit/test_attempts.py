@@ -11,6 +11,8 @@ import pytest
 from retry_world import World
 
 import periscope_otel as periscope
+from periscope_otel import guard
+from periscope_otel.failure import classify
 from periscope_otel.resilience import pausing
 
 RETRIES = "threat.ingest.operation.retries"
@@ -373,21 +375,66 @@ def test_a_failure_that_stays_is_returned(captured_telemetry):
     assert captured_telemetry.metric(RETRIES) == 1
 
 
-def test_cancelling_a_wait_settles_the_operation(monkeypatch, breaker, captured_telemetry):
-    """A task that is cancelled while it waits for an attempt leaves nothing behind."""
+@pytest.mark.parametrize("is_generator", [False, True])
+def test_cancelling_a_wait_ends_as_the_last_attempt(
+    is_generator, monkeypatch, breaker, captured_telemetry
+):
+    """A task that is cancelled in a wait leaves nothing current, and its payload as a letter."""
     monkeypatch.setattr(pausing, "_sleep_async", lambda seconds: asyncio.sleep(60))
+    options: dict[str, Any] = {
+        "retry": periscope.Retry(), "breaker": breaker, "dead_letter": True
+    }  # fmt: skip
 
-    @periscope.monitored("fetch", retry=periscope.Retry(), breaker=breaker)
-    async def fetch() -> None:
+    @periscope.monitored("fetch", **options)
+    async def fetch(url: str) -> None:
         raise ConnectionError
+
+    @periscope.monitored("fetch", **options)
+    async def pages(url: str):
+        raise ConnectionError
+        yield
+
+    async def consume() -> None:
+        async for _ in pages("a"):
+            pass
 
     async def cancel() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(fetch(), 0.01)
+            await asyncio.wait_for(consume() if is_generator else fetch("a"), 0.01)
+        assert periscope.current_operation().name == ""
 
     asyncio.run(cancel())
-    assert captured_telemetry.operation("fetch").outcome == "cancelled"
+    operation = captured_telemetry.operation("fetch")
+    assert (operation.outcome, operation.error_type) == ("error", "ConnectionError")
+    assert [letter.error_type for letter in captured_telemetry.letters] == ["ConnectionError"]
     assert breaker.view().in_flight == 0
+
+
+@pytest.mark.parametrize("shape", [_function, _generator])
+def test_ctrl_c_in_a_wait_ends_as_the_last_attempt(shape, monkeypatch, captured_telemetry):
+    """An interruption of the wait passes, and nothing stays current."""
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pausing, "_sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        shape(Flaky(9), retry=periscope.Retry())()
+    assert periscope.current_operation().name == ""
+    assert captured_telemetry.operation("fetch").outcome == "error"
+
+
+def test_the_end_of_the_process_in_a_wait_ends_as_the_last_attempt(captured_telemetry):
+    """An operation that is aborted between two attempts has failed as the first of them."""
+    flaky = Flaky(9)
+
+    def abort(_details: object) -> None:
+        periscope.current_operation().last_attempt = (classify(ConnectionError()), None)
+        periscope.current_operation().abort()
+
+    with pytest.raises(ConnectionError):
+        _function(flaky, retry=periscope.Retry(attempts=1, on_retry=abort), dead_letter=True)()
+    assert captured_telemetry.operation("fetch").outcome == "error"
 
 
 def test_no_retry_while_shutting_down(captured_telemetry):
@@ -437,3 +484,82 @@ def test_without_an_sdk_it_is_the_same(shape, breaker):
     assert shape(flaky, retry=periscope.Retry(), breaker=breaker)() == "done"
     assert flaky.calls == 2
     assert breaker.view().in_flight == 0
+
+
+def test_an_attempt_that_is_rejected_inside_counts_nothing(breaker, world, captured_telemetry):
+    """One real failure is one failure of the outer dependency, and one attempt."""
+    outer = periscope.Breaker("outer", clock=world.clock)
+    inner = _function(Flaky(9), breaker=breaker, retry=periscope.Retry(attempts=1))
+
+    def body() -> None:
+        breaker.force_open() if breaker.view().outcomes["failure"] else None
+        inner()
+
+    with pytest.raises(ConnectionError):
+        _function(body, breaker=outer, retry=periscope.Retry(attempts=5, deadline=3.0),
+                  dead_letter=True)()  # fmt: skip
+    assert outer.view().outcomes["failure"] == 1
+    assert outer.view().in_flight == 0
+    assert [letter.attempts for letter in captured_telemetry.letters] == [1]
+
+
+def test_waiting_is_not_being_rejected(breaker, world, captured_telemetry):
+    """A call that waits for a probe of somebody else's is no call that was not made."""
+    for _ in range(2):
+        breaker.allow().settle(classify(ConnectionError()))
+    world.now += 10.0
+    probe = breaker.allow()
+    assert probe is not None
+
+    def body() -> None:
+        raise ConnectionError
+
+    breaker.disable()
+    breaker.reset()
+    with pytest.raises(ConnectionError):
+        _function(body, breaker=breaker, retry=periscope.Retry(attempts=3, deadline=30.0))()
+    assert breaker.view().rejections == 0
+
+
+def test_the_users_predicate_is_asked_once_an_attempt(captured_telemetry):
+    """`on=` may be costly, or answer differently each time."""
+    asked = []
+
+    def on(error: BaseException) -> bool:
+        asked.append(error)
+        return True
+
+    with pytest.raises(ConnectionError):
+        _function(Flaky(9), breaker="x", retry=periscope.Retry(attempts=3, on=on))()
+    assert len(asked) == 3
+
+
+def test_own_errors_between_attempts_do_not_replace_the_users(
+    breaker, monkeypatch, captured_telemetry
+):
+    """Where the breaker itself fails, the next attempt is made without it."""
+    guard.set_strict(False)
+    flaky = Flaky(1)
+    call = _function(flaky, breaker=breaker, retry=periscope.Retry())
+    allow = periscope.Breaker.allow
+
+    def failing_later(self: periscope.Breaker, **options: Any) -> object:
+        return 1 / 0 if options else allow(self)
+
+    monkeypatch.setattr(periscope.Breaker, "allow", failing_later)
+    assert call() == "done"
+
+
+def test_items_that_were_spilt_before_do_not_stand_for_the_payload(captured_telemetry):
+    """Where the last attempt fails without an item of its own, the payload is the letter."""
+    attempts = iter([1500, 0])
+
+    @periscope.monitored("store", dead_letter="items", retry=periscope.Retry(attempts=2))
+    def store(rows: str) -> None:
+        for number in range(next(attempts)):
+            periscope.current_operation().failed({"row": number}, ValueError())
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        store("all")
+    assert [one for one in captured_telemetry.letters if one.item_index is None]

@@ -21,8 +21,9 @@ from opentelemetry.trace import SpanContext, TraceFlags
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure, classify
-from periscope_otel.resilience.breaker import GUARDED, Breaker
+from periscope_otel.resilience.breaker import Breaker
 from periscope_otel.resilience.errors import CircuitOpenError
+from periscope_otel.resilience.guards import guarding
 from periscope_otel.resilience.policy import BreakerPolicy
 from periscope_otel.resilience.transition import Grant
 from periscope_otel.telemetry.worker import worker
@@ -453,15 +454,27 @@ async def test_async_with_counts_how_the_block_ends(breaker):
 
 
 def test_blocks_can_be_nested(make):
-    """Of one breaker or of several; `GUARDED` names them while they run."""
+    """Each breaker counts the call once, however often it guards it."""
     outer, inner = make(), Breaker("inner.example")
     with outer as first, inner, outer as second:
-        assert GUARDED.get() == ("feed.example", "inner.example", "feed.example")
-        assert (outer.view().in_flight, inner.view().in_flight) == (2, 1)
+        assert guarding() == ("feed.example", "inner.example")
+        assert (outer.view().in_flight, inner.view().in_flight) == (1, 1)
+        assert outer.call(lambda: 7) == 7
         second.conclude(FAILED)
-    assert (first.outcome, second.outcome) == ("success", "failure")
-    assert GUARDED.get() == ()
+    assert (first.outcome, second.outcome) == ("success", "ignored")
+    assert guarding() == ()
+    assert outer.view().outcomes == {"success": 1, "failure": 0, "ignored": 0}
     assert (outer.view().in_flight, inner.view().in_flight) == (0, 0)
+
+
+def test_a_probe_may_be_guarded_twice(make, clock):
+    """The inner guard does not ask for another lease, which would reject the probe itself."""
+    breaker = make(consecutive_failures=1, successes=1)
+    settle(breaker, FAILED)
+    clock.now += 30
+    with breaker, breaker:
+        breaker.call(lambda: None)
+    assert breaker.state == "closed"
 
 
 def test_blocks_may_end_in_any_order(make):
@@ -469,9 +482,9 @@ def test_blocks_may_end_in_any_order(make):
     first, second = make(), Breaker("second.example")
     one, two = first.__enter__(), second.__enter__()
     first.__exit__(None, None, None)
-    assert (one.outcome, two.outcome, GUARDED.get()) == ("success", None, ("second.example",))
+    assert (one.outcome, two.outcome, guarding()) == ("success", None, ("second.example",))
     second.__exit__(ConnectionError, ConnectionError(), None)
-    assert (two.outcome, GUARDED.get()) == ("failure", ())
+    assert (two.outcome, guarding()) == ("failure", ())
 
 
 def test_a_block_that_ends_in_another_context_breaks_nothing(breaker):
@@ -533,11 +546,11 @@ def test_threads_have_blocks_of_their_own(breaker):
 
 
 def test_call_returns_and_raises_what_the_function_does(breaker):
-    """Under a permit, which it settles; while it runs the breaker's name is in `GUARDED`."""
-    assert breaker.call(lambda a, *, b: (a, b, GUARDED.get()), 1, b=2) == (1, 2, ("feed.example",))
+    """Under a permit, which it settles; while it runs the breaker is among the `guarding`."""
+    assert breaker.call(lambda a, *, b: (a, b, guarding()), 1, b=2) == (1, 2, ("feed.example",))
     with pytest.raises(ConnectionError):
         breaker.call(fail)
-    assert GUARDED.get() == ()
+    assert guarding() == ()
     assert breaker.view().outcomes == {"success": 1, "failure": 1, "ignored": 0}
     with pytest.raises(CircuitOpenError):
         opened(breaker).call(lambda: pytest.fail("was called"))

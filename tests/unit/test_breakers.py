@@ -407,6 +407,7 @@ def test_a_log_handler_may_use_the_registry():
 def test_breakers_made_by_name_are_bounded(monkeypatch):
     """Names without end, as of hosts out of data, take no room without end; open ones stay."""
     monkeypatch.setattr(breakers_module, "MOST_MADE", 100)
+    monkeypatch.setattr(breakers, "_most_made", 100)
     breakers.get("failing.example").force_open()
     for number in range(1_000):
         breakers.get(f"host-{number}.example").allow().settle()

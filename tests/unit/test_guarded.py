@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import time
@@ -13,6 +14,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 import periscope_otel as periscope
 from periscope_otel.resilience.breaker import breakers
 from periscope_otel.resilience.policy import STATES
+from periscope_otel.telemetry.worker import worker
 from periscope_otel.testing import capture_telemetry
 
 
@@ -477,3 +479,76 @@ def test_a_transition_is_a_span_linked_to_its_cause_and_a_log_line(
     assert lines == [
         "breaker feed.example is open: calls failed one after the other (ConnectionError); for 10 s"
     ]
+
+
+@pytest.mark.parametrize("inner", SHAPES)
+@pytest.mark.parametrize("outer", [_function, _block])
+def test_a_breaker_that_guards_twice_counts_once(outer, inner, breaker, clock, captured_telemetry):
+    """A guard inside of a guard of the same breaker takes no permit: else no probe would get by."""
+    healthy = []
+    call = outer(breaker, inner(breaker, lambda: healthy or broken()))
+    failing(call, 1)
+    assert breaker.view().outcomes["failure"] == 1
+    failing(call, 1)
+    clock.now += 10.0
+    healthy.append(1)
+    call()
+    call()
+    assert breaker.state == "closed"
+
+
+def test_a_coroutine_that_is_closed_gives_its_permit_back(breaker):
+    """Also without an SDK, and as a probe: nothing else would."""
+
+    @periscope.monitored("fetch", breaker=breaker)
+    async def fetch() -> None:
+        await asyncio.sleep(0)
+
+    for _ in range(3):
+        coroutine = fetch()
+        coroutine.send(None)
+        coroutine.close()
+    worker.finish_posted(10)
+    assert breaker.view().in_flight == 0
+
+
+def test_what_the_consumer_throws_into_a_generator_blames_no_breaker(breaker, captured_telemetry):
+    """A context manager made of a guarded generator does not take its body's errors for its own."""
+
+    @contextlib.contextmanager
+    @periscope.monitored("session", breaker=breaker)
+    def session():
+        yield 1
+
+    for _ in range(3):
+        with pytest.raises(ConnectionError), session():
+            raise ConnectionError("to another host")
+    assert breaker.view().outcomes == {"success": 0, "failure": 0, "ignored": 3}
+
+
+def test_the_judge_is_asked_of_failures_that_are_told(captured_telemetry):
+    """`op.fail(error)` means to the breaker what raising the error would."""
+    breaker = periscope.Breaker("judged", judge=lambda _error: "ignored")
+
+    @periscope.monitored("fetch", breaker=breaker)
+    def fetch() -> None:
+        periscope.current_operation().fail(ConnectionError("told"))
+
+    fetch()
+    assert breaker.view().outcomes == {"success": 0, "failure": 0, "ignored": 1}
+    assert captured_telemetry.operation("fetch").outcome == "error"
+
+
+def test_a_name_with_a_password_is_redacted_everywhere():
+    """What a breaker is called goes into logs, labels and other processes."""
+    name = "https://user:hunter2Qx9@feed.example/?api_key=abcdef0123456789"
+    breaker = periscope.Breaker(name)
+    assert "hunter2Qx9" not in breaker.name
+    assert "hunter2Qx9" not in str(breaker.refusal())
+    assert breakers.get(name) is breaker
+
+
+def test_an_operation_block_takes_no_callable():
+    """There are no arguments to work a breaker out of."""
+    with pytest.raises(TypeError, match="no arguments"):
+        periscope.operation("store", breaker=lambda args: "x")

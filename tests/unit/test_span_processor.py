@@ -26,13 +26,13 @@ from periscope_otel import guard
 from periscope_otel.failure import Failure
 from periscope_otel.resilience import awaiting
 from periscope_otel.resilience.awaiting import (
-    GUARDED_KEY,
     await_end,
     open_spans,
     permits_by_span,
     settle_awaiting,
 )
 from periscope_otel.resilience.breaker import Breaker, breakers
+from periscope_otel.resilience.guards import GUARDED_KEY
 from periscope_otel.resilience.sampler import RecordOnlySampler
 from periscope_otel.resilience.span_processor import BreakerSpanProcessor
 from periscope_otel.telemetry.names import SCOPE
@@ -357,7 +357,8 @@ def test_a_guard_of_the_same_breaker_counts_the_call(tracer):
 
 def test_a_guard_in_the_context_counts_the_call(tracer):
     """That of a monitored operation, in a given context or the current one."""
-    guarded = otel_context.set_value(GUARDED_KEY, ("x", HOST))
+    guards = tuple(Breaker(name).allow() for name in ("x", HOST))
+    guarded = otel_context.set_value(GUARDED_KEY, guards)
     call(tracer, 500, context=guarded)
     token = otel_context.attach(guarded)
     call(tracer, 500)
@@ -365,6 +366,9 @@ def test_a_guard_in_the_context_counts_the_call(tracer):
     otel_context.detach(token)
     assert counted() == [0, 0, 0]
     assert counted(OTHER_HOST) == [0, 1, 0]
+    guards[1].settle()
+    call(tracer, 500, context=guarded)  # as of a task that has outlived the guarded call
+    assert counted() == [1, 1, 0]
 
 
 def test_a_call_to_an_open_breaker_is_not_counted(tracer):

@@ -96,7 +96,7 @@ class LetteredOperation(Operation):
         self._holding = threading.RLock()  # a signal handler's item may come while it is held
         self._held: list[_FailedItem] = []
         self._held_bytes = 0
-        self._spilt = 0
+        self._spilt = self._spilt_before = 0
         self._too_many = False
         self._payload_told = False
         self._ready: list[Letter] = []
@@ -215,6 +215,7 @@ class LetteredOperation(Operation):
         self._returned_failure = None
         with self._holding:
             self._held, self._held_bytes, self._too_many = [], 0, False
+            self._spilt_before = self._spilt
 
     def settle_later(
         self, failure: Failure | None = None, error: BaseException | None = None
@@ -278,7 +279,7 @@ class LetteredOperation(Operation):
         return outcome == "cancelled" and self._was_journalled
 
     def _close_failed(self, outcome: str, failure: Failure | None, error: object) -> None:
-        failed_items = bool(self._held or self._spilt)
+        failed_items = bool(self._held or self._spilt > self._spilt_before)
         items_alone = self._policy.items and (failed_items or self._payload.is_missing)
         if not items_alone:
             error_type = None if failure is None else failure.error_type

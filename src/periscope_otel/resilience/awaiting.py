@@ -9,17 +9,12 @@ import os
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Final
 
-from opentelemetry.context import create_key
-
 from periscope_otel.failure import Failure
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
     from periscope_otel.resilience.circuit import Circuit, Permit
-
-GUARDED_KEY: Final = create_key("periscope-guarded")
-"""Where a context has the names of the breakers that guard what runs in it, as a tuple."""
 
 MOST_OPEN: Final = 10_000
 """Open spans that are remembered; one more, and the oldest is taken for one that never ends."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 from periscope_otel import guard
 from periscope_otel.failure import Failure
 from periscope_otel.resilience.breakers import Breakers, renew_in_children
-from periscope_otel.resilience.circuit import Circuit, listeners_of_all
+from periscope_otel.resilience.circuit import Circuit, Permit, listeners_of_all
 from periscope_otel.resilience.errors import CircuitOpenError
+from periscope_otel.resilience.guards import GUARDED
 from periscope_otel.resilience.telling import tell
 from periscope_otel.telemetry.breaker_instruments import source
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
-    from periscope_otel.resilience.circuit import Permit
+    from periscope_otel.resilience.guards import Guard
     from periscope_otel.resilience.policy import State
     from periscope_otel.resilience.transition import Transition
 
@@ -31,9 +32,6 @@ _NOT_MADE: Final = Failure("error", "TypeError", "ignored", retryable=False)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-GUARDED: Final[ContextVar[tuple[str, ...]]] = ContextVar("periscope-guarded", default=())
-"""Names of the breakers that guard what runs now by `with breaker`, outermost first."""
 
 _entered: Final[ContextVar[tuple[Permit, ...]]] = ContextVar("periscope-permits", default=())
 """The permits of the `with` blocks that this context is in, outermost first."""
@@ -66,13 +64,17 @@ class Breaker(Circuit):
 
     # Calls.
 
-    def allow(self) -> Permit | None:
+    def allow(self, *, rejecting: bool = True) -> Permit | None:
         """Return a permit for one call; None if none may be made now.
 
         It waits only where other processes have to be asked who probes, `probe_wait` at most.
+
+        Args:
+            rejecting: Whether None is counted as a rejected call; False where the call is only
+                waiting, and asks again.
         """
         now = self.clock()
-        permit, may_probe = self._look(now)
+        permit, may_probe = self._look(now, rejecting=rejecting)
         if not may_probe:
             return permit
         asked = self._ask()
@@ -80,12 +82,12 @@ class Breaker(Circuit):
         if asked is not None:
             with guard.contained("breaker sharing"):
                 grant = asked.wait(self.policy.probe_wait)
-        return self._probe(now, asked, grant)
+        return self._probe(now, asked, grant, rejecting=rejecting)
 
-    async def allow_async(self) -> Permit | None:
+    async def allow_async(self, *, rejecting: bool = True) -> Permit | None:
         """Return a permit as `allow` does, without holding the event loop up."""
         now = self.clock()
-        permit, may_probe = self._look(now)
+        permit, may_probe = self._look(now, rejecting=rejecting)
         if not may_probe:
             return permit
         asked = self._ask()
@@ -93,7 +95,7 @@ class Breaker(Circuit):
         if asked is not None:
             with guard.contained("breaker sharing"):
                 grant = await asked.wait_async(self.policy.probe_wait)
-        return self._probe(now, asked, grant)
+        return self._probe(now, asked, grant, rejecting=rejecting)
 
     def acquire(self) -> Permit:
         """Return a permit for one call.
@@ -144,7 +146,7 @@ class Breaker(Circuit):
         return CircuitOpenError(self.name, self._state, self.retry_after, self._reason)
 
     def __enter__(self) -> Permit:
-        return self._enter(self.acquire())
+        return self._enter(self._nested() or self.acquire())
 
     def __exit__(
         self,
@@ -157,7 +159,7 @@ class Breaker(Circuit):
             permit.settle(None if error is None else self.failure_of(error))
 
     async def __aenter__(self) -> Permit:
-        return self._enter(await self.acquire_async())
+        return self._enter(self._nested() or await self.acquire_async())
 
     async def __aexit__(
         self,
@@ -167,9 +169,18 @@ class Breaker(Circuit):
     ) -> None:
         self.__exit__(kind, error, traceback)
 
+    def _nested(self) -> Permit | None:
+        """Return a permit that counts nothing, inside of another guard of this breaker."""
+        for guard_around in GUARDED.get():
+            if guard_around.breaker.name == self.name and guard_around.outcome is None:
+                permit = Permit(self, 0, 0.0)
+                permit.outcome = "ignored"
+                return permit
+        return None
+
     def _enter(self, permit: Permit) -> Permit:
         _entered.set((*_entered.get(), permit))
-        GUARDED.set(GUARDED.get() + self._own_name)
+        GUARDED.set((*GUARDED.get(), permit))
         return permit
 
     def _leave(self) -> Permit | None:
@@ -181,12 +192,12 @@ class Breaker(Circuit):
         permits = _entered.get()
         if permits and permits[-1].breaker is self:  # mostly
             _entered.set(permits[:-1])
-            GUARDED.set(_without_last(GUARDED.get(), self.name))
+            GUARDED.set(_without(GUARDED.get(), permits[-1]))
             return permits[-1]
         for index in range(len(permits) - 1, -1, -1):
             if permits[index].breaker is self:
                 _entered.set(permits[:index] + permits[index + 1 :])
-                GUARDED.set(_without_last(GUARDED.get(), self.name))
+                GUARDED.set(_without(GUARDED.get(), permits[index]))
                 return permits[index]
         return None
 
@@ -197,8 +208,8 @@ class Breaker(Circuit):
             CircuitOpenError: If no call may be made now.
             TypeError: If it returns a coroutine, which `call_async` would await.
         """
-        permit = self.acquire()
-        token = GUARDED.set(GUARDED.get() + self._own_name)
+        permit = (self._nested() if GUARDED.get() else None) or self.acquire()
+        token = GUARDED.set((*GUARDED.get(), permit))
         try:
             value = function(*args, **kwargs)
         except BaseException as error:
@@ -292,13 +303,8 @@ class Breaker(Circuit):
         return end
 
 
-def _without_last(names: tuple[str, ...], name: str) -> tuple[str, ...]:
-    if names and names[-1] is name:
-        return names[:-1]
-    for index in range(len(names) - 1, -1, -1):
-        if names[index] == name:
-            return names[:index] + names[index + 1 :]
-    return names
+def _without(guards: tuple[Guard, ...], ended: Guard) -> tuple[Guard, ...]:
+    return tuple(one for one in guards if one is not ended)
 
 
 breakers: Final = Breakers(Breaker)

@@ -12,16 +12,15 @@ from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 from weakref import WeakValueDictionary, ref
 
 from periscope_otel import guard
-from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.circuit import COUNTED, Circuit, listeners_of_all
-from periscope_otel.resilience.policy import DEFAULT_POLICY
+from periscope_otel.resilience.policy import DEFAULT_POLICY, BreakerPolicy
+from periscope_otel.telemetry.attributes import clean_label
 from periscope_otel.telemetry.names import OTHER
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from periscope_otel.resilience.policy import BreakerPolicy
     from periscope_otel.resilience.transition import Sharing, Transition
 
 MOST_NAMED: Final = 240
@@ -67,6 +66,7 @@ class Breakers(Generic[_Made]):
         self._lock = threading.RLock()
         self._made: dict[str, _Made] = {}
         self._watched = 0
+        self._most_made = MOST_MADE
         self._tallies: list[_Tally] = []
         self._fold_at = _FOLD_AT
         self._labels: set[str] = set()
@@ -91,7 +91,7 @@ class Breakers(Generic[_Made]):
     def find(self, name: str) -> _Made | None:
         """Return the breaker of a name, if there is one."""
         found = self._given.get(name) or self._made.get(name)
-        if found is None and (clean := clean_name(name)) != name:  # names are kept clean
+        if found is None and (clean := clean_label(name)) != name:  # names are kept clean
             found = self._given.get(clean) or self._made.get(clean)
         return found
 
@@ -125,6 +125,10 @@ class Breakers(Generic[_Made]):
             >>> breakers.defaults("*.abuse.ch", slow_threshold=20.0)
         """
         base = DEFAULT_POLICY if policy is None else policy
+        if not isinstance(base, BreakerPolicy):
+            raise TypeError(
+                f"breakers {pattern!r:.40}: expected a BreakerPolicy, not {type(base).__name__}"
+            )
         policy = base.changed(**changes) if changes else base
         with self._lock:
             self._defaults.pop(pattern, None)
@@ -142,9 +146,9 @@ class Breakers(Generic[_Made]):
             if found is None:
                 found = self._make(name, self.policy_for(name))
                 self._given.pop(found.name, None)
-                self._made[found.name] = found
-                if len(self._made) > MOST_MADE:
+                if len(self._made) >= self._most_made:
                     self._drop_idle()
+                self._made[found.name] = found
             return found
 
     def _drop_idle(self) -> None:
@@ -152,6 +156,8 @@ class Breakers(Generic[_Made]):
         idle = (name for name, one in self._made.items() if one.is_idle)
         for name in list(islice(idle, MOST_MADE // 10)):
             del self._made[name]
+        # Where none can be spared it is not looked for one at every call.
+        self._most_made = max(MOST_MADE, len(self._made) + MOST_MADE // 10)
 
     def add(self, breaker: _Made) -> None:
         """Have a breaker found by its name."""

@@ -23,10 +23,10 @@ from opentelemetry import trace
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure, classify
-from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.policy import DEFAULT_POLICY, BreakerPolicy, State
 from periscope_otel.resilience.transition import BUSY, BreakerView, Transition
 from periscope_otel.resilience.window import Window
+from periscope_otel.telemetry.attributes import clean_label
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Circuit:
     __slots__ = (
         "__weakref__", "_busy_until", "_closed_since", "_failed_in_a_row", "_first_generation",
         "_generation", "_has_news", "_in_flight", "_is_timed", "_leases", "_listeners", "_lock",
-        "_openings", "_own_name", "_reason", "_second", "_slow_in_a_row", "_state", "_successes",
+        "_openings", "_reason", "_second", "_slow_in_a_row", "_state", "_successes",
         "_told", "_until", "_window", "clock", "counts", "moved", "name", "policy", "rng",
         "sharing",
     )  # fmt: skip
@@ -142,11 +142,10 @@ class Circuit:
         rng: Callable[[], float] = random.random,
         **changes: Any,
     ) -> None:
-        self.name = clean_name(name) if isinstance(name, str) else ""
+        self.name = clean_label(name) if isinstance(name, str) else ""
         if not self.name:
             raise ValueError("a breaker needs a name")
         self.policy = policy.changed(**changes) if changes else policy
-        self._own_name = (self.name,)
         self._is_timed = self.policy.slow_threshold is not None
         self.clock = clock
         self.rng = rng
@@ -215,8 +214,8 @@ class Circuit:
 
     @property
     def is_idle(self) -> bool:
-        """Whether a new one in its place would do the same: it is closed, and no permit is out."""
-        return self._state == "closed" and not self._in_flight and not self._failed_in_a_row
+        """Whether it can be spared: it is closed, and no permit is out."""
+        return self._state == "closed" and not self._in_flight
 
     # Letting calls pass.
 
@@ -250,7 +249,9 @@ class Circuit:
             return sharing.ask(self)
         return None
 
-    def _probe(self, now: float, asked: Asked | None, grant: Grant | None) -> Permit | None:
+    def _probe(
+        self, now: float, asked: Asked | None, grant: Grant | None, *, rejecting: bool
+    ) -> Permit | None:
         """Return a permit for a probe, where the others let it or do not answer."""
         if grant is None:
             lease, granted = None, asked is None or self.policy.probe_wait > 0
@@ -262,7 +263,7 @@ class Circuit:
             passes = granted or self._state in _PASSING  # it was closed meanwhile
             permit = self._lease(now) if passes else None
             if permit is None:
-                self.counts[REJECTED] += 1
+                self.counts[REJECTED] += rejecting
             elif lease is not None:
                 permit.lease = lease
         if permit is None and lease is not None:

@@ -165,7 +165,11 @@ class Retrying:
                 return False
             if self._breaker is None:
                 return True
-            self.permit = self._breaker.allow()
+            try:
+                self.permit = self._breaker.allow(rejecting=False)
+            except Exception as own_error:  # noqa: BLE001  (the call goes on without the breaker)
+                guard.report("retry", own_error)
+                return True
             if self.permit is not None:
                 return True
             further = self.held()
@@ -180,7 +184,11 @@ class Retrying:
                 return False
             if self._breaker is None:
                 return True
-            self.permit = await self._breaker.allow_async()
+            try:
+                self.permit = await self._breaker.allow_async(rejecting=False)
+            except Exception as own_error:  # noqa: BLE001  (the call goes on without the breaker)
+                guard.report("retry", own_error)
+                return True
             if self.permit is not None:
                 return True
             further = self.held()

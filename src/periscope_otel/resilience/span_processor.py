@@ -11,7 +11,7 @@ import os
 import time
 from collections import deque
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final, cast
+from typing import TYPE_CHECKING, Final
 
 from opentelemetry.context import (
     _SUPPRESS_HTTP_INSTRUMENTATION_KEY as SUPPRESS_HTTP_KEY,
@@ -27,16 +27,16 @@ from periscope_otel import guard
 from periscope_otel.failure import Failure
 from periscope_otel.redaction import clean_name
 from periscope_otel.resilience.awaiting import (
-    GUARDED_KEY,
     OpenSpan,
     open_spans,
     permits_by_span,
     remember,
     settle_awaiting,
 )
-from periscope_otel.resilience.breaker import GUARDED, Breaker, breakers
+from periscope_otel.resilience.breaker import Breaker, breakers
 from periscope_otel.resilience.circuit import moves
 from periscope_otel.resilience.client_spans import dependency_of, failure_of
+from periscope_otel.resilience.guards import guarding
 from periscope_otel.telemetry.names import SCOPE
 from periscope_otel.telemetry.worker import worker
 
@@ -111,8 +111,7 @@ class BreakerSpanProcessor(SpanProcessor):
             return
         context = get_current() if parent_context is None else parent_context
         if is_client and _is_of_a_dependency(span, context):
-            guarded = GUARDED.get() + cast("tuple[str, ...]", context.get(GUARDED_KEY, ()))
-            opened = OpenSpan(span_id, _with_those_above(above), span, guarded)
+            opened = OpenSpan(span_id, _with_those_above(above), span, guarding(context))
             self._look_at(opened, span)
             remember(span_id, opened)
         elif above is not None:  # what is beneath this one is beneath that one

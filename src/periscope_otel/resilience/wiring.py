@@ -9,6 +9,7 @@ from periscope_otel.resilience.breaker import breakers
 
 if TYPE_CHECKING:
     from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
+    from periscope_otel.resilience.span_processor import BreakerSpanProcessor
 
 logger = logging.getLogger("periscope_otel")
 
@@ -30,13 +31,18 @@ def end_sharing(verdicts: SharedVerdicts, timeout: float) -> None:
     verdicts.close(timeout)
 
 
-def drive(provider: Any, *, is_ours: bool, record_client_spans: bool) -> None:
+def drive(
+    provider: Any, *, is_ours: bool, record_client_spans: bool
+) -> BreakerSpanProcessor | None:
     """Have a provider's client spans drive the breakers of their hosts, as far as it lets them.
 
     Args:
         provider: A TracerProvider.
         is_ours: Whether `configure()` has built it, so that its sampler may be wrapped.
         record_client_spans: Whether client spans are to be seen where their trace is not sampled.
+
+    Returns:
+        What drives them; None where the provider takes no span processor.
     """
     from periscope_otel.resilience.sampler import RecordOnlySampler, check_sampler
     from periscope_otel.resilience.span_processor import BreakerSpanProcessor
@@ -44,10 +50,12 @@ def drive(provider: Any, *, is_ours: bool, record_client_spans: bool) -> None:
     add = getattr(provider, "add_span_processor", None)
     if add is None:
         logger.warning("breaker_spans: %s takes no span processor", type(provider).__name__)
-        return
-    add(BreakerSpanProcessor())
+        return None
+    processor = BreakerSpanProcessor()
+    add(processor)
     if record_client_spans and is_ours:
         # Outside of what OTEL_TRACES_SAMPLER names, which the provider has read itself.
         provider.sampler = RecordOnlySampler(provider.sampler)
     elif record_client_spans and (wrong := check_sampler(provider)) is not None:
         logger.warning("record_client_spans: %s", wrong)
+    return processor
