@@ -129,6 +129,7 @@ class Attempts:
         operation = self._operation
         if operation.failure is None and self._retry.result is not None:
             operation.failure = self._retry.failure_in(value)
+            operation.is_plain = False
         return operation.failure is not None
 
     @property

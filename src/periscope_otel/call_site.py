@@ -168,6 +168,7 @@ class CallSite:
                 return
             if parent.get(SUPPRESS_KEY):
                 operation.context = Context(parent | {OPERATION_KEY: operation})
+                operation.is_plain = False
             else:
                 operation.start(telemetry, parent, self._kind, attributes, links)
         except BaseException as error:  # noqa: BLE001

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from periscope_otel.resilience.errors import CircuitOpenError
 
     _Call: TypeAlias = tuple[
-        tuple[Any, ...], Mapping[str, Any] | None, Context | None, Sequence[Link] | None
+        tuple[Any, ...], Mapping[str, Any] | None, Context, Sequence[Link] | None
     ]
     """What `prepare` was given."""
 
@@ -91,6 +91,7 @@ class GuardedCallSite(CallSite):
             CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
         """
         breaker = self._breaker_of(args, kwargs)
+        parent = get_current() if parent is None else parent
         if breaker is None or breaker.name in guarding(parent):
             return super().prepare(args, kwargs, parent, links)
         try:
@@ -116,6 +117,7 @@ class GuardedCallSite(CallSite):
             CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
         """
         breaker = self._breaker_of(args, kwargs)
+        parent = get_current() if parent is None else parent
         if breaker is None or breaker.name in guarding(parent):
             return super().prepare(args, kwargs, parent, links)
         try:
@@ -134,8 +136,10 @@ class GuardedCallSite(CallSite):
         operation = self._make(*call[:2])
         operation.breaker, operation.permit = breaker, permit
         operation.refused = permit is None
-        with guard.contained("worker start"):
-            worker.start()  # a coroutine that is closed settles there
+        operation.is_plain = False
+        if not worker.is_started:
+            with guard.contained("worker start"):
+                worker.start()  # a coroutine that is closed settles there
         self._start(operation, *call)
         return operation
 
@@ -155,8 +159,7 @@ class GuardedCallSite(CallSite):
 
     def _count_rejected(self, call: _Call) -> None:
         telemetry = current.telemetry or discover()
-        args, kwargs, parent, _ = call
-        context = get_current() if parent is None else parent
+        args, kwargs, context, _ = call
         if telemetry is None or telemetry.inherited or context.get(SUPPRESS_KEY):
             return
         name, feed = self._name, self._feed

@@ -89,6 +89,8 @@ class Operation:
     """How it ended (`ok`, `error`, `timeout`, `cancelled`, `rejected`, `partial`); None before."""
     context: Context | None = None
     """The OpenTelemetry context in which it is the current operation; None without an SDK."""
+    is_plain = True
+    """Whether there is nothing to settle: no telemetry, no items, no failure and no permit."""
     breaker: Breaker | None = None
     """The breaker that guards it."""
     permit: Permit | None = None
@@ -194,6 +196,7 @@ class Operation:
         Args:
             error: What went wrong: an exception, a response object with an HTTP status, or a text.
         """
+        self.is_plain = False
         with guard.contained("operation.fail"):
             if isinstance(error, BaseException):
                 breaker = self.breaker
@@ -288,6 +291,7 @@ class Operation:
             guards: Any = parent.get(GUARDED_KEY, ())
             context[GUARDED_KEY] = (*guards, self)
         self.context = Context(context)
+        self.is_plain = False
         telemetry.live.add(self)
 
     def enter(self) -> None:
@@ -321,12 +325,7 @@ class Operation:
 
     def finish(self) -> None:
         """Leave and settle an operation that raised nothing."""
-        if (
-            self.context is None
-            and self._ledger is None
-            and self.failure is None
-            and self.permit is None
-        ):
+        if self.is_plain:
             # As in CallSite.begin: without an SDK this is nearly all that a call costs.
             self.outcome = "ok"
             try:
@@ -492,6 +491,7 @@ class Operation:
     def _items(self) -> ItemLedger:
         ledger = self._ledger
         if ledger is None:
+            self.is_plain = False
             instruments = None if self._telemetry is None else self._telemetry.instruments
             # Two threads may both get here: setdefault lets one ledger win.
             ledger = self.__dict__.setdefault("_ledger", ItemLedger(instruments, self.series))

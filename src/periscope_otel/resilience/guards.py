@@ -42,4 +42,6 @@ def guarding(context: Context | None = None) -> tuple[str, ...]:
     """
     context = get_current() if context is None else context
     guards = GUARDED.get() + cast("tuple[Guard, ...]", context.get(GUARDED_KEY, ()))
+    if not guards:
+        return ()
     return tuple(one.breaker.name for one in guards if one.outcome is None)

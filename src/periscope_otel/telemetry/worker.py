@@ -36,6 +36,11 @@ class Worker:
         """Whether the thread runs."""
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def is_started(self) -> bool:
+        """Whether `start` has nothing to do."""
+        return self._thread is not None
+
     def start(self) -> None:
         """Start the thread; does nothing where it runs already."""
         if self._thread is not None:
