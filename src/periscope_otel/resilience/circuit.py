@@ -532,7 +532,15 @@ class Circuit:
 
     # What other processes have found, and forks.
 
-    def adopt(self, state: State, *, reason: str, open_for: float = 0.0, openings: int = 0) -> None:
+    def adopt(
+        self,
+        state: State,
+        *,
+        reason: str,
+        open_for: float = 0.0,
+        openings: int = 0,
+        overriding: bool = False,
+    ) -> None:
         """Take over the verdict of another process, unless this one was set by hand.
 
         Args:
@@ -540,10 +548,12 @@ class Circuit:
             reason: Why; `manual` counts also where this one was set by hand.
             open_for: Seconds until a probe may pass, where it is open.
             openings: How many times in a row it has opened.
+            overriding: Whether it counts also where this one was set by hand: it comes from a
+                record that everybody writes to, and that had what was set.
         """
         with self._lock:
             now, before = self.clock(), self._state
-            if before in _BY_HAND and reason != "manual":
+            if before in _BY_HAND and reason != "manual" and not overriding:
                 return
             self._openings = openings
             if state == "open":

@@ -342,6 +342,7 @@ class Exchange:
             reason="probing" if half_open else record.reason,
             open_for=record.open_for,
             openings=_openings_left(record, breaker),
+            overriding=True,  # what was set by hand is in the record, unless it was lifted since
         )
         # In this order: a change that lies between the two is overridden once more, not lost.
         talk.adopted += 1
