@@ -55,9 +55,10 @@ def test_a_given_provider_is_left_as_it_is():
     assert wired(None, own_provider=True)["state"] == "None"
 
 
-def test_a_given_providers_sampler_is_told_of():
-    """It cannot be wrapped: where that was asked for, one line says what to do instead."""
-    told = wired(None, own_provider=True, breaker_spans=True, record_client_spans=True)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_given_providers_sampler_is_told_of(recorded):
+    """It cannot be wrapped: where breakers would not see all of it, one line says what to do."""
+    told = wired(None, own_provider=True, breaker_spans=True, record_client_spans=recorded)
     assert told["state"] == "None"
     assert "RecordOnlySampler" in told["WARNING"]
 

@@ -56,6 +56,6 @@ def drive(
     if record_client_spans and is_ours:
         # Outside of what OTEL_TRACES_SAMPLER names, which the provider has read itself.
         provider.sampler = RecordOnlySampler(provider.sampler)
-    elif record_client_spans and (wrong := check_sampler(provider)) is not None:
-        logger.warning("record_client_spans: %s", wrong)
+    elif not is_ours and (wrong := check_sampler(provider)) is not None:
+        logger.warning("breaker_spans: %s", wrong)
     return processor
