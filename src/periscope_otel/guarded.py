@@ -71,6 +71,8 @@ class GuardedCallSite(CallSite):
         if retry is not None and not isinstance(retry, Retry):
             raise TypeError(f"retry= takes a Retry, not {type(retry).__name__}")
         self._breaker = (clean_label(breaker) or None) if isinstance(breaker, str) else breaker
+        if isinstance(breaker, str) and self._breaker is None:
+            guard.warn("breaker name", "breaker= is empty: calls are made without a breaker")
         self.retry = retry
         known = breaker.name if isinstance(breaker, Breaker) else self._breaker
         if isinstance(known, str):

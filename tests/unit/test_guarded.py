@@ -552,3 +552,13 @@ def test_an_operation_block_takes_no_callable():
     """There are no arguments to work a breaker out of."""
     with pytest.raises(TypeError, match="no arguments"):
         periscope.operation("store", breaker=lambda args: "x")
+
+
+@pytest.mark.parametrize("name", ["", " \n"])
+def test_an_empty_name_is_told_of(name, caplog):
+    """As of a variable that is not set: calls are made without a breaker, and one line says so."""
+    call = _function(name, broken)
+    for _ in range(10):
+        with pytest.raises(ConnectionError):
+            call()
+    assert "breaker= is empty" in caplog.text
