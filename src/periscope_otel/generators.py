@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import sys
 from typing import TYPE_CHECKING, Any
 
 from periscope_otel import guard
+from periscope_otel.async_generators import first_step
 from periscope_otel.call_site import failure_of, finish_raised, judge
 from periscope_otel.ending import CANCELLED
 from periscope_otel.scope import written_down
@@ -77,7 +77,7 @@ def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callab
         attempts = _attempts_of(operation, site.retry)
         if operation.journal_waiting:
             await written_down(operation)
-        step: Callable[[Any], Awaitable[Any]] = functools.partial(_first_step, inner)
+        step: Callable[[Any], Awaitable[Any]] = functools.partial(first_step, inner)
         sent: Any = None
         closing = False
         while True:
@@ -92,7 +92,7 @@ def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callab
                 sent = None
                 if attempts is not None and await attempts.again_before_items_async(error):
                     inner = function(*args, **kwargs)
-                    step = functools.partial(_first_step, inner)
+                    step = functools.partial(first_step, inner)
                     continue
                 kept = _kept(attempts, error)
                 await _finish_async_generator(operation, kept, closing=closing)
@@ -110,24 +110,6 @@ def wrap_async_generator(function: Callable[..., Any], site: CallSite) -> Callab
                 step, sent = inner.athrow, error
 
     return monitored_async_generator
-
-
-def _first_step(inner: AsyncGenerator[Any, Any], sent: None) -> Awaitable[Any]:
-    """Start the user's async generator without telling the event loop of it.
-
-    A loop closes each generator that it knows, at its own end or when one is garbage. It shall
-    know the wrapper alone, which closes the user's: two closes at once are an error.
-    """
-    hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, _left_to_the_wrapper)
-    try:
-        return inner.asend(sent)
-    finally:
-        sys.set_asyncgen_hooks(*hooks)
-
-
-def _left_to_the_wrapper(_inner: AsyncGenerator[Any, Any]) -> None:
-    """Do nothing where an event loop would close a generator that is garbage."""
 
 
 class _Keeper:

@@ -92,9 +92,9 @@ class GuardedCallSite(CallSite):
         Raises:
             CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
         """
-        breaker = self._breaker_of(args, kwargs)
         parent = get_current() if parent is None else parent
-        if breaker is None or breaker.name in guarding(parent):
+        breaker = self._breaker_to_ask(args, kwargs, parent)
+        if breaker is None:
             return super().prepare(args, kwargs, parent, links)
         try:
             permit = breaker.allow()
@@ -118,9 +118,9 @@ class GuardedCallSite(CallSite):
         Raises:
             CircuitOpenError: If the breaker lets no call pass; the operation has settled then.
         """
-        breaker = self._breaker_of(args, kwargs)
         parent = get_current() if parent is None else parent
-        if breaker is None or breaker.name in guarding(parent):
+        breaker = self._breaker_to_ask(args, kwargs, parent)
+        if breaker is None:
             return super().prepare(args, kwargs, parent, links)
         try:
             permit = await breaker.allow_async()
@@ -190,6 +190,13 @@ class GuardedCallSite(CallSite):
         if operation.refused:
             attributes = {**attributes, **_OF_REFUSED}
         return attributes
+
+    def _breaker_to_ask(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, parent: Context
+    ) -> Breaker | None:
+        """Return the breaker of a call; None if there is none, or a guard around has asked it."""
+        breaker = self._breaker_of(args, kwargs)
+        return None if breaker is None or breaker.name in guarding(parent) else breaker
 
     def _breaker_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None

@@ -58,6 +58,7 @@ ROOMS = (
     ("error_text",),
     ("settings",),
     ("redaction",),
+    ("async_generators",),
     ("guard",),
     ("version",),
 )

@@ -12,6 +12,7 @@ import inspect
 import sys
 from typing import TYPE_CHECKING, Any, Final, Literal, Self
 
+from periscope_otel.async_generators import first_step
 from periscope_otel.failure import classify
 from periscope_otel.resilience.retry_telemetry import tell_where_it_is
 
@@ -273,24 +274,6 @@ def _retried_async_generator(
                 return
 
     return retried_async_generator
-
-
-def first_step(inner: AsyncGenerator[Any, Any]) -> Awaitable[Any]:
-    """Start the user's async generator without telling the event loop of it.
-
-    A loop closes each generator that it knows, at its own end or when one is garbage. It shall
-    know the wrapper alone, which closes the user's: two closes at once are an error.
-    """
-    hooks = sys.get_asyncgen_hooks()
-    sys.set_asyncgen_hooks(None, _left_to_the_wrapper)
-    try:
-        return inner.asend(None)
-    finally:
-        sys.set_asyncgen_hooks(*hooks)
-
-
-def _left_to_the_wrapper(_inner: AsyncGenerator[Any, Any]) -> None:
-    """Do nothing where an event loop would close a generator that is garbage."""
 
 
 # Loops.
