@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import copy
 import gc
 import inspect
@@ -31,7 +30,7 @@ from periscope_otel.resilience.transition import Grant
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     from periscope_otel.resilience.transition import Transition
 
@@ -479,33 +478,6 @@ def test_a_probe_may_be_guarded_twice(make, clock):
     assert breaker.state == "closed"
 
 
-def test_blocks_may_end_in_any_order(make):
-    """As those of generators do that are run by turns."""
-    first, second = make(), Breaker("second.example")
-    one, two = first.__enter__(), second.__enter__()
-    first.__exit__(None, None, None)
-    assert (one.outcome, two.outcome, guarding()) == ("success", None, ("second.example",))
-    second.__exit__(ConnectionError, ConnectionError(), None)
-    assert (two.outcome, guarding()) == ("failure", ())
-
-
-def test_a_block_that_ends_in_another_context_breaks_nothing(breaker):
-    """A generator may be finished by somebody else: its own exception passes."""
-
-    def rows() -> Iterator[int]:
-        with breaker:
-            yield 1
-            raise KeyError
-
-    iterator = rows()
-    contextvars.copy_context().run(next, iterator)
-    with breaker as permit:
-        pass
-    assert permit.outcome == "success"
-    with pytest.raises(KeyError):
-        next(iterator)
-
-
 async def test_tasks_have_blocks_of_their_own(breaker):
     """Each settles its own permit, whatever ends first."""
 
@@ -769,6 +741,13 @@ def test_what_other_processes_find_is_adopted(breaker, clock):
         assert breaker.state == state
     breaker.adopt("closed", reason="manual")
     assert breaker.state == "closed"
+
+
+def test_that_it_opened_once_more_elsewhere_is_adopted_with_the_reason(breaker):
+    """Also where nothing was heard of the probe that failed in between."""
+    opened(breaker)
+    breaker.adopt("open", reason="probe_failed", open_for=50.0, openings=2)
+    assert (breaker.refusal().reason, breaker.retry_after) == ("probe_failed", 50)
 
 
 # --- listeners -----------------------------------------------------------------------------------

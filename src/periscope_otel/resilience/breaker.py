@@ -6,13 +6,13 @@ ignored. How it decides is in `circuit`; here is how it is used.
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from functools import wraps
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, Final, ParamSpec, TypeVar, cast
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure
+from periscope_otel.resilience.blocks import entered, left
 from periscope_otel.resilience.breakers import Breakers, renew_in_children
 from periscope_otel.resilience.circuit import Circuit, Permit, listeners_of_all
 from periscope_otel.resilience.errors import CircuitOpenError
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
     from types import TracebackType
 
-    from periscope_otel.resilience.guards import Guard
     from periscope_otel.resilience.policy import State
     from periscope_otel.resilience.transition import Transition
 
@@ -32,9 +31,6 @@ _NOT_MADE: Final = Failure("error", "TypeError", "ignored", retryable=False)
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-_entered: Final[ContextVar[tuple[Permit, ...]]] = ContextVar("periscope-permits", default=())
-"""The permits of the `with` blocks that this context is in, outermost first."""
 
 
 class Breaker(Circuit):
@@ -146,7 +142,7 @@ class Breaker(Circuit):
         return CircuitOpenError(self.name, self._state, self.retry_after, self._reason)
 
     def __enter__(self) -> Permit:
-        return self._enter(self._nested() or self.acquire())
+        return entered(self._nested() or self.acquire(), depth=1)
 
     def __exit__(
         self,
@@ -154,12 +150,10 @@ class Breaker(Circuit):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        permit = self._leave()
-        if permit is not None:
-            permit.settle(None if error is None else self.failure_of(error))
+        self._end(left(self, depth=1), error)
 
     async def __aenter__(self) -> Permit:
-        return self._enter(self._nested() or await self.acquire_async())
+        return entered(self._nested() or await self.acquire_async(), depth=1)
 
     async def __aexit__(
         self,
@@ -167,7 +161,11 @@ class Breaker(Circuit):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.__exit__(kind, error, traceback)
+        self._end(left(self, depth=1), error)
+
+    def _end(self, permit: Permit | None, error: BaseException | None) -> None:
+        if permit is not None:
+            permit.settle(None if error is None else self.failure_of(error))
 
     def _nested(self) -> Permit | None:
         """Return a permit that counts nothing, inside of another guard of this breaker."""
@@ -176,29 +174,6 @@ class Breaker(Circuit):
                 permit = Permit(self, 0, 0.0)
                 permit.outcome = "ignored"
                 return permit
-        return None
-
-    def _enter(self, permit: Permit) -> Permit:
-        _entered.set((*_entered.get(), permit))
-        GUARDED.set((*GUARDED.get(), permit))
-        return permit
-
-    def _leave(self) -> Permit | None:
-        """Return the permit of the innermost block of this breaker, wherever others are left.
-
-        Blocks in generators end in any order, and perhaps in another context than they began in:
-        there is no permit then, and a lease of a probe runs out.
-        """
-        permits = _entered.get()
-        if permits and permits[-1].breaker is self:  # mostly
-            _entered.set(permits[:-1])
-            GUARDED.set(_without(GUARDED.get(), permits[-1]))
-            return permits[-1]
-        for index in range(len(permits) - 1, -1, -1):
-            if permits[index].breaker is self:
-                _entered.set(permits[:index] + permits[index + 1 :])
-                GUARDED.set(_without(GUARDED.get(), permits[index]))
-                return permits[index]
         return None
 
     def call(self, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
@@ -301,10 +276,6 @@ class Breaker(Circuit):
                 self._listeners = tuple(one for one in self._listeners if one is not entry)
 
         return end
-
-
-def _without(guards: tuple[Guard, ...], ended: Guard) -> tuple[Guard, ...]:
-    return tuple(one for one in guards if one is not ended)
 
 
 breakers: Final = Breakers(Breaker)
