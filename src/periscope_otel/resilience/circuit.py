@@ -79,6 +79,8 @@ class Permit:
     """The call's span: what a transition is linked to."""
     outcome: str | None = None
     """`success`, `failure` or `ignored` once it is settled; None before."""
+    frame = 0
+    """The frame of the `with` block that it is for, as `blocks` knows it."""
     _seconds = 0.0
 
     def __init__(self, breaker: Circuit, generation: int, now: float) -> None:
@@ -561,6 +563,8 @@ class Circuit:
             if state != before:
                 held = open_for if state == "open" else None
                 self._move(state, reason, now, open_for=held, adopted=True)
+            elif state == "open":  # once more: the probe in between was not heard of
+                self._reason = reason
         self._announce()
 
     def after_fork(self) -> None:
