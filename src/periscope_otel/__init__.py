@@ -18,6 +18,7 @@ from periscope_otel.scope import operation
 from periscope_otel.version import __version__
 
 if TYPE_CHECKING:
+    from periscope_otel.gauges import instrument_gauges
     from periscope_otel.patching import monitor_function
     from periscope_otel.runtime import configure, shutdown
 
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "configure",
     "current_operation",
+    "instrument_gauges",
     "monitor_function",
     "monitored",
     "operation",
@@ -35,6 +37,7 @@ __all__ = [
 # Loaded when first used: they need the OpenTelemetry SDK, exporters and wrapt.
 _LATE = {
     "configure": "periscope_otel.runtime",
+    "instrument_gauges": "periscope_otel.gauges",
     "monitor_function": "periscope_otel.patching",
     "shutdown": "periscope_otel.runtime",
 }

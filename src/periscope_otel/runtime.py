@@ -32,13 +32,14 @@ from periscope_otel.telemetry.reader import ExportingReader
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricReader
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import TracerProvider
 
+    from periscope_otel.gauges import Gauges
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")
@@ -76,6 +77,7 @@ class Runtime:
         self._flush_threads: list[FlushThread] = []
         self._page: PrometheusPage | None = None
         self.server: Server | None = None
+        self._gauges: Gauges | None = None
         self._can_export = True
         self._pid = os.getpid()
         self._hooks = ExitHooks(self._end)
@@ -251,7 +253,22 @@ class Runtime:
         current.silenced = False
         current.install(telemetry)
         worker.start()
+        self._use_gauges()
         return telemetry
+
+    def _use_gauges(self) -> None:
+        """Switch the gauges on; in the child of a fork, on its own provider."""
+        if not self.settings.gauges or isinstance(self.meter_provider, metrics.NoOpMeterProvider):
+            return
+        from periscope_otel.gauges import instrument_gauges
+
+        before = self._gauges
+        with guard.contained("gauges"):
+            self._gauges = instrument_gauges(
+                meter_provider=self.meter_provider, gauges=self.settings.gauges
+            )
+        if before is not None:
+            before.close()
 
     def _flushables(self) -> list[Flushable]:
         return [*self._flush_threads, *self._readers]
@@ -276,6 +293,8 @@ class Runtime:
         telemetry = getattr(self, "telemetry", None)
         if telemetry is not None and telemetry in (current.telemetry, current.behind):
             current.install(None)
+        if self._gauges is not None:
+            self._gauges.close()
         self._hooks.remove()
         if self.server is not None:
             self.server.close()
@@ -393,6 +412,7 @@ def configure(
     label_limit: int | None = None,
     shutdown_timeout: float | None = None,
     exit_report: str | None = None,
+    gauges: bool | Iterable[str] | None = None,
 ) -> Runtime:
     """Set everything up, once for the process. Every argument is optional.
 
@@ -410,6 +430,8 @@ def configure(
         label_limit: Label sets of one instrument before further values become `other`; 1,500.
         shutdown_timeout: Seconds at the end of the process in which everything is flushed; 5.
         exit_report: `always`, `loss` or `never`: when the end says in one line what was exported.
+        gauges: True for host and GPU figures, or some of `host`, `gpu` and `per_cpu`; off by
+            default.
 
     Returns:
         The runtime. A second call returns the same one, and warns of arguments that differ.
@@ -432,6 +454,7 @@ def configure(
             "label_limit": label_limit,
             "shutdown_timeout": shutdown_timeout,
             "exit_report": exit_report,
+            "gauges": gauges,
         }
     )
     with _lock:

@@ -64,6 +64,7 @@ class Settings(NamedTuple):
     label_limit: int
     shutdown_timeout: float
     exit_report: str
+    gauges: tuple[str, ...]
 
 
 def _text(value: Any) -> str | None:
@@ -126,6 +127,30 @@ def _address(value: Any) -> Address | None:
     return Address(parts.hostname or "127.0.0.1", parts.port)
 
 
+GAUGE_HOST, GAUGE_GPU, GAUGE_PER_CPU = GAUGES = ("host", "gpu", "per_cpu")
+"""What gauges there are."""
+
+
+def read_gauges(value: Any) -> tuple[str, ...]:
+    """Return which gauges a value asks for: True is host and GPU, a text may name several.
+
+    Raises:
+        TypeError: If it is neither truth nor names.
+        ValueError: If it names others.
+    """
+    if isinstance(value, str):
+        text = value.strip().lower()
+        value = text in _TRUE if text in (*_TRUE, *_FALSE) else text.replace(",", " ").split()
+    if isinstance(value, bool):
+        return (GAUGE_HOST, GAUGE_GPU) if value else ()
+    chosen = set(value)
+    if not chosen <= set(GAUGES):
+        raise ValueError(f"gauges={sorted(map(str, chosen))}: expected some of {', '.join(GAUGES)}")
+    if GAUGE_PER_CPU in chosen:
+        chosen.add(GAUGE_HOST)
+    return tuple(one for one in GAUGES if one in chosen)
+
+
 SETTINGS: tuple[Setting, ...] = (
     Setting("service_name", None, _text, "a text", "`service.name`; else `OTEL_SERVICE_NAME`."),
     Setting(
@@ -170,6 +195,13 @@ SETTINGS: tuple[Setting, ...] = (
         "always, loss or never",
         "When the end of the process says in one line what was exported: `loss` only if something "
         "was not.",
+    ),
+    Setting(
+        "gauges",
+        (),
+        read_gauges,
+        "true, false or some of host, gpu and per_cpu",
+        "Host and GPU figures; `true` is host and gpu. Off by default.",
     ),
 )
 
