@@ -1,4 +1,4 @@
-"""Read GPUs when told to: each line of standard input is a command in JSON, and so is each answer."""
+"""Read GPUs when told to: lines of standard input are commands in JSON, and so are the answers."""
 
 import ctypes
 import json
