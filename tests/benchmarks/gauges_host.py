@@ -46,7 +46,7 @@ def collector() -> tuple[MeterProvider, InMemoryMetricReader]:
 
 
 def ours() -> dict[str, Subject]:
-    """A reading with what it costs the SDK to collect it; a reading; the callbacks alone."""
+    """A reading with the callbacks, and with a collect by the SDK; each of these alone."""
     provider, reader = collector()
     # The sampler's own thread sleeps through the measurement, which reads in its place.
     instrument_gauges(meter_provider=provider, gauges={"host"}, interval=86_400)
@@ -59,12 +59,17 @@ def ours() -> dict[str, Subject]:
         sampler.read_all(beat)
         reader.collect()
 
+    def read_and_call_back() -> None:
+        sampler.read_all(beat)
+        call_back()
+
     def call_back() -> list[Any]:
         stats = sampler.latest("host")
         return [list(figure.observe(stats)) for figure in HOST]
 
     return {
-        "ours": Subject(read_and_collect),
+        "ours": Subject(read_and_call_back),
+        "ours, collected": Subject(read_and_collect),
         "our reading": Subject(lambda: sampler.read_all(beat)),
         "our slow reading": Subject(lambda: slow.read(slow=True)),
         "our callbacks": Subject(call_back),

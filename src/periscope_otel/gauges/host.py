@@ -92,12 +92,13 @@ class HostReader:
         """Return what the host and this process do now.
 
         Args:
-            slow: Whether to look at filesystems and limits again too, which change slowly.
+            slow: Whether to look at swap, filesystems and limits again too, which change slowly.
         """
         new = self._pid != os.getpid()
         if new:
             self._begin()
         if new or slow:
+            self._swap = self._read_swap()
             self._filesystems = self._read_filesystems()
             self._container = cgroup.limits()
         psutil = self._psutil
@@ -107,7 +108,7 @@ class HostReader:
             cpu=self._cpu(None, psutil.cpu_times()),
             cpus=self._each_cpu(),
             memory=self._memory(),
-            paging=self._paging(),
+            paging=self._swap,
             disks=self._read_disks(),
             filesystems=self._filesystems,
             networks=self._read_networks(),
@@ -154,7 +155,7 @@ class HostReader:
             cached=getattr(told, "cached", None),
         )
 
-    def _paging(self) -> PagingStats:
+    def _read_swap(self) -> PagingStats:
         told = self._psutil.swap_memory()
         return PagingStats(told.used, told.free)
 
@@ -284,24 +285,23 @@ class _DeviceClasses:
 
     def is_disk(self, name: str) -> bool:
         """Whether it is a whole disk: no partition, loop device or other virtual one."""
-        blocks = self._sys / "block"
-        return _once(self._disks, name, lambda: _is_real(blocks, name))
+        known = self._disks.get(name)
+        return self._look(self._disks, "block", name) if known is None else known
 
     def is_real_interface(self, name: str) -> bool:
         """Whether it is a network adapter: no bridge, tunnel, or one end of a container's pair."""
-        return _once(self._interfaces, name, lambda: _is_real(self._sys / "class/net", name))
+        known = self._interfaces.get(name)
+        return self._look(self._interfaces, "class/net", name) if known is None else known
 
     def is_loopback(self, name: str) -> bool:
         """Whether it leads back to this host."""
         return name.rstrip("0123456789") == "lo"
 
-
-def _once(known: dict[str, bool], name: str, look: Callable[[], bool]) -> bool:
-    if name not in known:
+    def _look(self, known: dict[str, bool], folder: str, name: str) -> bool:
         if len(known) > 1024:  # names of short-lived devices
             known.clear()
-        known[name] = look()
-    return known[name]
+        known[name] = _is_real(self._sys / folder, name)
+        return known[name]
 
 
 def _is_real(folder: Path, name: str) -> bool:
