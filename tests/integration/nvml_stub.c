@@ -13,6 +13,9 @@ enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, 
        INSUFFICIENT_SIZE = 7 };
 enum { GPUS = 2, PARTS = 2, DEVICES = GPUS + PARTS, RULES = 64, NAME = 64 };
 #define EVERY (-1)
+#ifndef MIG
+#define MIG 0
+#endif
 
 typedef struct {
     const char *uuid, *name, *serial;
@@ -37,7 +40,7 @@ static device_t devices[DEVICES] = {
 };
 
 static struct { char function[NAME]; int device, code; unsigned calls; } rules[RULES];
-static int rule_count, mig, present[GPUS] = {1, 1}, references, field_type = 3;
+static int rule_count, mig = MIG, present[GPUS] = {1, 1}, references, field_type = 3;
 static pid_t owner;
 static char hanging[NAME];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;

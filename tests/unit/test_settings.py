@@ -19,6 +19,7 @@ DEFAULTS = {
     "label_limit": 1500,
     "shutdown_timeout": 5.0,
     "exit_report": "always",
+    "gauges": (),
 }
 
 
@@ -45,6 +46,11 @@ def test_defaults():
         ("shutdown_timeout", 2, "2", 2.0),
         ("shutdown_timeout", 0.5, "0.5", 0.5),
         ("exit_report", "never", "Never", "never"),
+        ("gauges", True, "true", ("host", "gpu")),
+        ("gauges", False, "off", ()),
+        ("gauges", {"gpu"}, "GPU", ("gpu",)),
+        ("gauges", ["gpu", "host"], " gpu,host ", ("host", "gpu")),
+        ("gauges", {"per_cpu"}, "per_cpu", ("host", "per_cpu")),
     ],
 )
 def test_keyword_and_variable_are_read_alike(name, given_value, text, expected):
@@ -102,6 +108,8 @@ BAD = [
     ("shutdown_timeout", "nan"),
     ("shutdown_timeout", "inf"),
     ("exit_report", "sometimes"),
+    ("gauges", "cpu"),
+    ("gauges", "host,true"),
 ]
 
 

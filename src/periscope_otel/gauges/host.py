@@ -337,7 +337,9 @@ def _shares(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str
     """Return each mode's share of the time that has passed; None if none has."""
     spent = {mode: seconds - before[mode] for mode, seconds in after.items()}
     total = sum(spent.values())
-    return {mode: one / total for mode, one in spent.items()} if total > 0 else None
+    if total <= 0:
+        return None
+    return {mode: min(1.0, one / total) for mode, one in spent.items()}
 
 
 def _load() -> tuple[float, float, float] | None:
