@@ -19,9 +19,10 @@ from harness import Measure, here
 if TYPE_CHECKING:
     from pathlib import Path
 
-SCRIPTS = ("call_cost", "peers", "memory", "import_cost", "black_hole", "stack")
+SCRIPTS = ("call_cost", "peers", "memory", "import_cost", "black_hole", "gauges", "stack")
 QUICK = {
     "memory": ["--rounds", "1", "--calls", "100000"],
+    "gauges": ["--rounds", "3", "--seconds", "6"],
     "stack": ["--rounds", "1", "--seconds", "1"],
 }
 RESULTS = here() / "results"

@@ -175,7 +175,9 @@ def gpu_measures(report: Report, rounds: int) -> None:
         {
             "fast beat": lambda _: timed(lambda: reader.read(slow=False), 50),
             "slow beat": lambda _: timed(lambda: reader.read(slow=True), 2),
-            "nvidia-smi": lambda _: timed(lambda: subprocess.run(SMI, check=True, stdout=-3), 1),
+            "nvidia-smi": lambda _: timed(
+                lambda: subprocess.run(SMI, check=True, stdout=subprocess.DEVNULL), 1
+            ),
         },
         rounds,
         1,

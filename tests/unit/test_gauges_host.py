@@ -18,6 +18,7 @@ import pytest
 
 from periscope_otel.gauges import cgroup
 from periscope_otel.gauges.host import Choice, HostReader, _DeviceClasses
+from periscope_otel.gauges.observe import HOST
 from periscope_otel.gauges.stats import DiskStats
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -276,20 +277,13 @@ def test_the_process_is_that_of_proc(host):
 def test_switches_of_all_threads_are_counted(host):
     """Context switches are those of every thread, not of the first alone."""
     before = host.read(slow=False).process.context_switches["voluntary"]
-    ready, go = threading.Barrier(2), threading.Event()
-
-    def wait() -> None:
-        for _ in range(50):
-            ready.wait()
-        go.wait()
-
-    other = threading.Thread(target=wait)
-    other.start()
-    for _ in range(50):
-        ready.wait()
-    go.set()
-    other.join()
-    assert host.read(slow=False).process.context_switches["voluntary"] >= before + 40
+    ready = threading.Barrier(2)
+    others = [threading.Thread(target=lambda: [ready.wait() for _ in range(200)]) for _ in "ab"]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert host.read(slow=False).process.context_switches["voluntary"] >= before + 100
 
 
 def test_faults_grow_with_memory(host):
@@ -317,15 +311,20 @@ def test_what_the_platform_does_not_tell_is_absent(host, monkeypatch):
     """Where a figure cannot be had, as in some containers, it is None and the others are there."""
     host.read(slow=False)
 
-    def refuse(*_: Any) -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
         raise psutil.AccessDenied
 
     monkeypatch.setattr(psutil.Process, "io_counters", refuse)
     monkeypatch.setattr(psutil.Process, "num_fds", refuse)
-    monkeypatch.setattr(os, "getloadavg", lambda: (_ for _ in ()).throw(OSError()))
-    stats = host.read(slow=False)
+    for function in ("disk_io_counters", "net_io_counters", "disk_partitions", "swap_memory"):
+        monkeypatch.setattr(psutil, function, refuse)
+    monkeypatch.setattr(os, "getloadavg", refuse)
+    stats = host.read(slow=True)
     assert (stats.process.disk_io, stats.process.file_descriptors, stats.load) == (None, None, None)
+    assert (stats.disks, stats.networks, stats.filesystems, stats.paging) == ((), (), (), None)
     assert stats.process.memory > 0
+    provider = [list(figure.observe(stats)) for figure in HOST]
+    assert sum(map(len, provider)) > 20
 
 
 FORK = """

@@ -98,8 +98,8 @@ class HostReader:
         if new:
             self._begin()
         if new or slow:
-            self._swap = self._read_swap()
-            self._filesystems = self._read_filesystems()
+            self._swap: PagingStats | None = self._told(self._read_swap)
+            self._filesystems = self._told(self._read_filesystems) or ()
             self._container = cgroup.limits()
         psutil = self._psutil
         return SystemStats(
@@ -109,10 +109,10 @@ class HostReader:
             cpus=self._each_cpu(),
             memory=self._memory(),
             paging=self._swap,
-            disks=self._read_disks(),
+            disks=self._told(self._read_disks) or (),
             filesystems=self._filesystems,
-            networks=self._read_networks(),
-            load=_load(),
+            networks=self._told(self._read_networks) or (),
+            load=self._told(os.getloadavg),
             uptime=self._uptime(),
             container=self._container,
             process=self._read_process(),
@@ -254,7 +254,13 @@ class HostReader:
         """Return what the platform tells; None if it does not, or not this user."""
         try:
             return ask()
-        except (AttributeError, NotImplementedError, OSError, self._psutil.Error):
+        except (
+            AttributeError,  # psutil has no such function on this platform
+            NotImplementedError,
+            OSError,
+            RuntimeWarning,  # an incomplete /proc, where warnings are errors
+            self._psutil.Error,
+        ):
             return None
 
 
@@ -340,13 +346,6 @@ def _shares(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str
     if total <= 0:
         return None
     return {mode: min(1.0, one / total) for mode, one in spent.items()}
-
-
-def _load() -> tuple[float, float, float] | None:
-    try:
-        return os.getloadavg()
-    except OSError:
-        return None
 
 
 def _disk_io(process: Any) -> dict[str, int]:

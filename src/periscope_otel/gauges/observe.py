@@ -6,6 +6,7 @@ Names, units, kinds and attributes are those of the OpenTelemetry semantic conve
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from opentelemetry.metrics import Observation
@@ -141,7 +142,7 @@ def _load(stats: SystemStats) -> Iterator[Observation]:
 
 
 def _paging(stats: SystemStats) -> Iterator[Observation]:
-    return _by(names.PAGING_STATE, stats.paging._asdict())
+    return _by(names.PAGING_STATE, stats.paging and stats.paging._asdict())
 
 
 HOST: tuple[Figure, ...] = (
@@ -158,8 +159,7 @@ HOST: tuple[Figure, ...] = (
     Figure(
         names.SYSTEM_MEMORY_AVAILABLE,
         UP_DOWN_COUNTER,
-        # A convention of Linux, as are buffers.
-        lambda stats: _one(stats.memory.buffers and stats.memory.available),
+        lambda stats: _one(stats.memory.available if sys.platform == "linux" else None),
     ),
     Figure(names.SYSTEM_PAGING_USAGE, UP_DOWN_COUNTER, _paging),
     Figure(names.SYSTEM_DISK_IO, COUNTER, _disk_io),

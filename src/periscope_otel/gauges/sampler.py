@@ -32,6 +32,8 @@ STALE_AFTER = 3
 """Intervals after which a reading is too old to be told, and one under way is taken to hang."""
 FORK_WAIT = 0.05
 """Seconds that a fork waits at most for the reading that is under way."""
+LOOK_INTERVAL = 0.05
+"""Seconds between two looks of somebody who waits for a reading."""
 STOP_WAIT = 0.2
 """Seconds that the end waits at most for the reading that is under way."""
 
@@ -173,10 +175,16 @@ class Sampler:
         return reading.said
 
     def wait_for(self, name: str, timeout: float) -> object | None:
-        """Return the same, waiting up to `timeout` seconds for the first reading."""
-        with self._published:
-            self._published.wait_for(lambda: name in self._snapshot, timeout)
-        return self.latest(name)
+        """Return the same, waiting up to `timeout` seconds until there is something to tell."""
+        deadline = time.monotonic() + timeout
+        while (said := self.latest(name)) is None:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                return None
+            with self._published:
+                # No longer at once: it is looking that notices a reading that hangs.
+                self._published.wait(min(remaining, LOOK_INTERVAL))
+        return said
 
     def read_all(self, beat: Beat) -> None:
         """Read every part that does not hang, and publish each."""

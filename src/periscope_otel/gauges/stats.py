@@ -117,7 +117,7 @@ class SystemStats(NamedTuple):
     cpus: tuple[CpuStats, ...]
     """Each CPU by itself; empty unless asked for."""
     memory: MemoryStats
-    paging: PagingStats
+    paging: PagingStats | None
     disks: tuple[DiskStats, ...]
     filesystems: tuple[FilesystemStats, ...]
     networks: tuple[NetworkStats, ...]
