@@ -234,7 +234,7 @@ def test_a_call_that_hangs(collector, library):
     with gauges(collector, library, gauges=True) as program:
         program.ask("readings", 2)
         program.ask("stub", "hang", "nvmlDeviceGetPowerUsage")
-        # Noticed by whoever asks, three intervals of a tenth of a second later.
+        # Noticed by whoever asks, two seconds later.
         devices, problem = program.ask("gpu_until", "driver_hangs")
         assert (devices, problem) == ({FIRST: "failed", SECOND: "failed"}, "driver_hangs")
         program.ask("readings", 3)

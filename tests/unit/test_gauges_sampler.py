@@ -103,6 +103,17 @@ def test_a_reading_that_is_too_old_is_not_told(sampler, clock):
     assert sampler.latest("host") is None
 
 
+def test_short_intervals_do_not_make_impatient(sampler, clock):
+    """With a short interval a reading is good for two seconds: a busy machine delays threads."""
+    sampler.interval = 0.1
+    sampler.add(Part())
+    sampler.read_all(Beat())
+    clock.now += 1.9
+    assert sampler.latest("host") == "host 1"
+    clock.now += 0.2
+    assert sampler.latest("host") is None
+
+
 def test_slow_figures_are_due_less_often(sampler, clock):
     """The first reading is a slow one, and after that one every 30 seconds."""
     part = Part()
@@ -216,6 +227,16 @@ def test_the_end_does_not_wait_for_what_hangs(sampler, hanging):
     """Stopping waits a moment for a reading that hangs, and no longer."""
     assert not sampler.stop(0.01)
     hanging.free.set()
+
+
+def test_a_part_that_hangs_is_not_closed(sampler, clock, hanging):
+    """At the end a part in which another thread still hangs is left alone, the others closed."""
+    clock.now += 16.0
+    sampler.latest("gpu")
+    wait_until(lambda: sampler.latest("host") == "host 2")
+    assert sampler.stop(10)
+    assert hanging.closed == 0
+    assert sampler._parts["host"].closed == 1
 
 
 def test_a_fork_does_not_wait_for_what_hangs(sampler, clock, hanging):

@@ -30,6 +30,8 @@ FIRST_PAUSE = 1.0
 """Seconds after the first reading: what needs two readings is there soon."""
 STALE_AFTER = 3
 """Intervals after which a reading is too old to be told, and one under way is taken to hang."""
+LEAST_PATIENCE = 2.0
+"""Seconds that are not too long in any case: a busy machine delays threads by as much."""
 FORK_WAIT = 0.05
 """Seconds that a fork waits at most for the reading that is under way."""
 LOOK_INTERVAL = 0.05
@@ -115,6 +117,11 @@ class Sampler:
         """The gates that forks have closed, by the thread that forks."""
 
     @property
+    def patience(self) -> float:
+        """Seconds after which a reading is too old, or taken to hang."""
+        return max(STALE_AFTER * self.interval, LEAST_PATIENCE)
+
+    @property
     def alive(self) -> bool:
         """Whether its thread runs."""
         thread = None if self._beat is None else self._beat.thread
@@ -170,7 +177,7 @@ class Sampler:
             part = self._parts.get(name)
             return None if part is None else part.left_behind()
         reading = self._snapshot.get(name)
-        if reading is None or self._clock() - reading.at > STALE_AFTER * self.interval:
+        if reading is None or self._clock() - reading.at > self.patience:
             return None
         return reading.said
 
@@ -239,9 +246,10 @@ class Sampler:
             beat.wake.clear()
             pause = self.interval
         if not beat.left_behind:
-            for part in self._parts.values():
-                with guard.contained(f"closing {part.name} figures"):
-                    part.close()
+            for name, part in self._parts.items():
+                if name not in self._hanging:  # where another thread is still inside
+                    with guard.contained(f"closing {name} figures"):
+                        part.close()
 
     def _start_again(self) -> None:
         """In the child of a fork: start the thread when somebody first wants a figure."""
@@ -252,7 +260,7 @@ class Sampler:
 
     def _leave_what_hangs(self, beat: Beat) -> None:
         reading = beat.reading
-        if reading is None or self._clock() - reading[1] <= STALE_AFTER * self.interval:
+        if reading is None or self._clock() - reading[1] <= self.patience:
             return
         with self._lock:
             if self._beat is not beat or beat.reading != reading:
