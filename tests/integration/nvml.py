@@ -73,3 +73,11 @@ def reader(library: Path | None) -> Iterator[Reader]:
     env = {} if library is None else {"LD_LIBRARY_PATH": str(library)}
     with running("gpu_reader", env=env) as program:
         yield Reader(program)
+        ends_well(program)
+
+
+def ends_well(program: Program) -> None:
+    """End a program that reads commands, and see that it ends as it should."""
+    program._process.stdin.close()
+    ended = program.ended()
+    assert ended.status == 0, ended.stderr
