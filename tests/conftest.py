@@ -69,11 +69,14 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Let no test be skipped in continuous integration: what is missing there is a failure."""
+    """Let no test be skipped in continuous integration: what is missing there is a failure.
+
+    Hardware and rights that such machines seldom have may be.
+    """
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") != "true" or reporter is None:
         return
-    skipped = reporter.stats.get("skipped", [])
+    skipped = [one for one in reporter.stats.get("skipped", []) if "hardware" not in one.keywords]
     if skipped:
         reporter.write_line(f"{len(skipped)} tests were skipped under CI=true", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -18,6 +18,7 @@ from periscope_otel.scope import operation
 from periscope_otel.version import __version__
 
 if TYPE_CHECKING:
+    from periscope_otel.gauges import instrument_gauges
     from periscope_otel.patching import monitor_function
     from periscope_otel.resilience.breaker import Breaker
     from periscope_otel.resilience.errors import CircuitOpenError
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "configure",
     "current_operation",
+    "instrument_gauges",
     "monitor_function",
     "monitored",
     "operation",
@@ -47,6 +49,7 @@ _LATE = {
     "CircuitOpenError": "periscope_otel.resilience.errors",
     "Retry": "periscope_otel.resilience.retry",
     "configure": "periscope_otel.runtime",
+    "instrument_gauges": "periscope_otel.gauges",
     "monitor_function": "periscope_otel.patching",
     "shutdown": "periscope_otel.runtime",
 }

@@ -36,7 +36,7 @@ from periscope_otel.telemetry.reader import ExportingReader
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.sdk.metrics.export import MetricReader
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
     from periscope_otel.dead_letter.loss import OnLost
     from periscope_otel.dead_letter.queue import DeadLetterQueue
+    from periscope_otel.gauges import Gauges
     from periscope_otel.resilience.policy import BreakerPolicy
     from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
     from periscope_otel.resilience.span_processor import BreakerSpanProcessor
@@ -88,6 +89,7 @@ class Runtime:
         self._flush_threads: list[FlushThread] = []
         self._page: PrometheusPage | None = None
         self.server: Server | None = None
+        self._gauges: Gauges | None = None
         self._can_export = True
         self._ending = False
         self._pid = os.getpid()
@@ -303,7 +305,22 @@ class Runtime:
         current.silenced = False
         current.install(telemetry)
         worker.start()
+        self._use_gauges()
         return telemetry
+
+    def _use_gauges(self) -> None:
+        """Switch the gauges on; in the child of a fork, on its own provider."""
+        if not self.settings.gauges or isinstance(self.meter_provider, metrics.NoOpMeterProvider):
+            return
+        from periscope_otel.gauges import instrument_gauges
+
+        before = self._gauges
+        with guard.contained("gauges"):
+            self._gauges = instrument_gauges(
+                meter_provider=self.meter_provider, gauges=self.settings.gauges
+            )
+        if before is not None:
+            before.close()
 
     def _flushables(self) -> list[Flushable]:
         queue = in_use.opened
@@ -331,6 +348,8 @@ class Runtime:
         telemetry = getattr(self, "telemetry", None)
         if telemetry is not None and telemetry in (current.telemetry, current.behind):
             current.install(None)
+        if self._gauges is not None:
+            self._gauges.close()
         self._hooks.remove()
         if self.server is not None:
             self.server.close()
@@ -471,6 +490,7 @@ def configure(
     breaker_spans: bool | None = None,
     record_client_spans: bool | None = None,
     on_lost: OnLost | None = None,
+    gauges: bool | Iterable[str] | None = None,
 ) -> Runtime:
     """Set everything up, once for the process. Every argument is optional.
 
@@ -507,6 +527,8 @@ def configure(
         record_client_spans: Whether these are recorded also where their trace is not sampled;
             False.
         on_lost: Called with each dead letter that could not be kept, and why.
+        gauges: True for host and GPU figures, or some of `host`, `gpu` and `per_cpu`; off by
+            default.
 
     Returns:
         The runtime. A second call returns the same one, and warns of arguments that differ.
@@ -540,6 +562,7 @@ def configure(
             "breaker_sharing": breaker_sharing,
             "breaker_spans": breaker_spans,
             "record_client_spans": record_client_spans,
+            "gauges": gauges,
         }
     )
     for pattern, policy in (breakers or {}).items():

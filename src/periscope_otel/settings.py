@@ -73,6 +73,7 @@ class Settings(NamedTuple):
     breaker_sharing: bool
     breaker_spans: bool | None
     record_client_spans: bool
+    gauges: tuple[str, ...]
 
 
 def _text(value: Any) -> str | None:
@@ -159,6 +160,30 @@ def _address(value: Any) -> Address | None:
     if parts is None or parts.port is None or parts.path or parts.username:
         raise ValueError
     return Address(parts.hostname or "127.0.0.1", parts.port)
+
+
+GAUGE_HOST, GAUGE_GPU, GAUGE_PER_CPU = GAUGES = ("host", "gpu", "per_cpu")
+"""What gauges there are."""
+
+
+def read_gauges(value: Any) -> tuple[str, ...]:
+    """Return which gauges a value asks for: True is host and GPU, a text may name several.
+
+    Raises:
+        TypeError: If it is neither truth nor names.
+        ValueError: If it names others.
+    """
+    if isinstance(value, str):
+        text = value.strip().lower()
+        value = text in _TRUE if text in (*_TRUE, *_FALSE) else text.replace(",", " ").split()
+    if isinstance(value, bool):
+        return (GAUGE_HOST, GAUGE_GPU) if value else ()
+    chosen = set(value)
+    if not chosen <= set(GAUGES):
+        raise ValueError(f"gauges={sorted(map(str, chosen))}: expected some of {', '.join(GAUGES)}")
+    if GAUGE_PER_CPU in chosen:
+        chosen.add(GAUGE_HOST)
+    return tuple(one for one in GAUGES if one in chosen)
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -278,6 +303,13 @@ SETTINGS: tuple[Setting, ...] = (
         "true or false",
         "Whether these spans are recorded for the breakers also where their trace is not sampled; "
         "they are not exported then.",
+    ),
+    Setting(
+        "gauges",
+        (),
+        read_gauges,
+        "true, false or some of host, gpu and per_cpu",
+        "Host and GPU figures; `true` is host and gpu. Off by default.",
     ),
 )
 

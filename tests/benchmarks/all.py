@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 SCRIPTS = (
     "call_cost", "peers", "memory", "import_cost", "black_hole", "stack", "dead_letters",
-    "resilience",
+    "resilience", "gauges",
 )  # fmt: skip
 QUICK = {
     "memory": ["--rounds", "1", "--calls", "100000"],
+    "gauges": ["--rounds", "3", "--seconds", "6"],
     "stack": ["--rounds", "1", "--seconds", "1"],
     "dead_letters": ["--rounds", "2", "--many", "10000"],
 }

@@ -23,6 +23,7 @@ from opentelemetry.trace import Span, SpanKind
 
 import periscope_otel as periscope
 from periscope_otel.dead_letter import Letter
+from periscope_otel.gauges import Gauges, GpuStats, SystemStats, get_gpu_stats, get_system_stats
 from periscope_otel.patching import Patch
 from periscope_otel.resilience.budget import RetryBudget, budget_of
 from periscope_otel.resilience.retry import Retry, RetryDetails
@@ -358,6 +359,23 @@ Retry(attempts="3")  # type: ignore[arg-type]
 Retry(budget=True)  # type: ignore[arg-type]
 Retry(on=3)  # type: ignore[arg-type]
 retry(3)  # type: ignore[type-var]
+
+
+def use_gauges() -> None:
+    gauges = periscope.instrument_gauges(gauges={"host", "gpu"}, interval=10)
+    assert_type(gauges, Gauges)
+    assert_type(gauges.close(), None)
+    periscope.instrument_gauges(gauges=7)  # type: ignore[arg-type]
+    system = get_system_stats()
+    assert_type(system, SystemStats | None)
+    if system is not None:
+        assert_type(system.memory.available, int)
+    gpu = get_gpu_stats(timeout=2)
+    assert_type(gpu, GpuStats | None)
+    if gpu is not None and gpu.problem is not None:
+        assert_type(gpu.problem.remedy, str)
+    periscope.configure(gauges=True)
+    periscope.configure(gauges={"host"})
 
 
 assert_type(periscope.__version__, str)

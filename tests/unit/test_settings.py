@@ -30,6 +30,7 @@ DEFAULTS = {
     "breaker_sharing": True,
     "breaker_spans": None,
     "record_client_spans": False,
+    "gauges": (),
 }
 
 
@@ -68,6 +69,11 @@ def test_defaults():
         ("breaker_sharing", False, "off", False),
         ("breaker_spans", True, "yes", True),
         ("record_client_spans", True, "1", True),
+        ("gauges", True, "true", ("host", "gpu")),
+        ("gauges", False, "off", ()),
+        ("gauges", {"gpu"}, "GPU", ("gpu",)),
+        ("gauges", ["gpu", "host"], " gpu,host ", ("host", "gpu")),
+        ("gauges", {"per_cpu"}, "per_cpu", ("host", "per_cpu")),
     ],
 )
 def test_keyword_and_variable_are_read_alike(name, given_value, text, expected):
@@ -125,6 +131,8 @@ BAD = [
     ("shutdown_timeout", "nan"),
     ("shutdown_timeout", "inf"),
     ("exit_report", "sometimes"),
+    ("gauges", "cpu"),
+    ("gauges", "host,true"),
 ]
 
 

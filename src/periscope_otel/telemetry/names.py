@@ -65,6 +65,36 @@ COMPONENT: Final = "periscope.component"
 SIGNAL: Final = "periscope.signal"
 EXPORT_OUTCOME: Final = "periscope.export.outcome"
 
+# Attributes of host, process and hardware metrics: those of the semantic conventions, then ours.
+CPU_MODE: Final = "cpu.mode"
+CPU_NUMBER: Final = "cpu.logical_number"
+MEMORY_STATE: Final = "system.memory.state"
+PAGING_STATE: Final = "system.paging.state"
+FAULT_TYPE: Final = "system.paging.fault.type"
+DEVICE: Final = "system.device"
+DISK_DIRECTION: Final = "disk.io.direction"
+FILESYSTEM_MODE: Final = "system.filesystem.mode"
+FILESYSTEM_MOUNTPOINT: Final = "system.filesystem.mountpoint"
+FILESYSTEM_STATE: Final = "system.filesystem.state"
+FILESYSTEM_TYPE: Final = "system.filesystem.type"
+INTERFACE: Final = "network.interface.name"
+NETWORK_DIRECTION: Final = "network.io.direction"
+SWITCH_TYPE: Final = "process.context_switch.type"
+HW_ID: Final = "hw.id"
+HW_NAME: Final = "hw.name"
+HW_TYPE: Final = "hw.type"
+HW_MODEL: Final = "hw.model"
+HW_VENDOR: Final = "hw.vendor"
+HW_SERIAL_NUMBER: Final = "hw.serial_number"
+HW_DRIVER_VERSION: Final = "hw.driver_version"
+HW_FIRMWARE_VERSION: Final = "hw.firmware_version"
+HW_PARENT: Final = "hw.parent"
+HW_STATE: Final = "hw.state"
+HW_SENSOR_LOCATION: Final = "hw.sensor_location"
+GPU_TASK: Final = "hw.gpu.task"
+LOAD_PERIOD: Final = "periscope.host.load.period"
+GPU_CLOCK: Final = "periscope.gpu.clock.domain"
+
 OTHER: Final = "other"
 """What a label value becomes when its instrument has reached its limit of label sets."""
 
@@ -153,6 +183,96 @@ OUTBOX_LETTERS: Final = Metric(
 )
 OUTBOX_AGE: Final = Metric(
     "periscope.outbox.oldest.age", "s", "Time for which the oldest of them has waited."
+)
+
+# Host, process and hardware: the semantic conventions, then what these lack.
+SYSTEM_CPU_TIME: Final = Metric(
+    "system.cpu.time", "s", "Seconds that the CPUs have spent in each mode."
+)
+SYSTEM_CPU_UTILIZATION: Final = Metric(
+    "system.cpu.utilization", "1", "Share of the CPUs' time spent in each mode."
+)
+SYSTEM_CPU_COUNT: Final = Metric("system.cpu.logical.count", "{cpu}", "Logical CPUs.")
+SYSTEM_MEMORY_USAGE: Final = Metric("system.memory.usage", "By", "Memory by state.")
+SYSTEM_MEMORY_UTILIZATION: Final = Metric(
+    "system.memory.utilization", "1", "Share of the memory by state."
+)
+SYSTEM_MEMORY_LIMIT: Final = Metric("system.memory.limit", "By", "Size of the memory.")
+SYSTEM_MEMORY_AVAILABLE: Final = Metric(
+    "system.memory.linux.available", "By", "Memory that programs could still take without swapping."
+)
+SYSTEM_PAGING_USAGE: Final = Metric("system.paging.usage", "By", "Swap space by state.")
+SYSTEM_DISK_IO: Final = Metric("system.disk.io", "By", "Bytes read from and written to disks.")
+SYSTEM_DISK_OPERATIONS: Final = Metric(
+    "system.disk.operations", "{operation}", "Reads from and writes to disks."
+)
+SYSTEM_FILESYSTEM_USAGE: Final = Metric(
+    "system.filesystem.usage", "By", "Space of filesystems by state."
+)
+SYSTEM_FILESYSTEM_UTILIZATION: Final = Metric(
+    "system.filesystem.utilization", "1", "Share of filesystems' space by state."
+)
+SYSTEM_NETWORK_IO: Final = Metric("system.network.io", "By", "Bytes received and transmitted.")
+SYSTEM_NETWORK_ERRORS: Final = Metric("system.network.errors", "{error}", "Network errors.")
+SYSTEM_NETWORK_DROPPED: Final = Metric(
+    "system.network.packet.dropped", "{packet}", "Packets dropped though there was no error."
+)
+SYSTEM_UPTIME: Final = Metric("system.uptime", "s", "Time since the system was started.")
+PROCESS_CPU_TIME: Final = Metric("process.cpu.time", "s", "CPU seconds of this process by mode.")
+PROCESS_CPU_UTILIZATION: Final = Metric(
+    "process.cpu.utilization", "1", "Share of the CPUs available to this process that it used."
+)
+PROCESS_MEMORY_USAGE: Final = Metric(
+    "process.memory.usage", "By", "Physical memory of this process."
+)
+PROCESS_MEMORY_VIRTUAL: Final = Metric(
+    "process.memory.virtual", "By", "Virtual memory of this process."
+)
+PROCESS_THREAD_COUNT: Final = Metric("process.thread.count", "{thread}", "Threads of this process.")
+PROCESS_FILE_DESCRIPTORS: Final = Metric(
+    "process.unix.file_descriptor.count",
+    "{file_descriptor}",
+    "Open file descriptors of this process.",
+)
+PROCESS_CONTEXT_SWITCHES: Final = Metric(
+    "process.context_switches", "{context_switch}", "Context switches of this process by type."
+)
+PROCESS_PAGING_FAULTS: Final = Metric(
+    "process.paging.faults", "{fault}", "Page faults of this process by type."
+)
+PROCESS_DISK_IO: Final = Metric(
+    "process.disk.io", "By", "Bytes that this process read from and wrote to disks."
+)
+PROCESS_UPTIME: Final = Metric("process.uptime", "s", "Time since this process was started.")
+GPU_UTILIZATION: Final = Metric(
+    "hw.gpu.utilization", "1", "Share of time that the GPU spent on a task."
+)
+GPU_MEMORY_USAGE: Final = Metric("hw.gpu.memory.usage", "By", "GPU memory used.")
+GPU_MEMORY_LIMIT: Final = Metric("hw.gpu.memory.limit", "By", "Size of the GPU memory.")
+GPU_MEMORY_UTILIZATION: Final = Metric(
+    "hw.gpu.memory.utilization", "1", "Share of the GPU memory used."
+)
+GPU_IO: Final = Metric("hw.gpu.io", "By", "Bytes received and transmitted by the GPU.")
+HW_TEMPERATURE: Final = Metric("hw.temperature", "Cel", "Temperature.")
+HW_POWER: Final = Metric("hw.power", "W", "Power drawn.")
+HW_ENERGY: Final = Metric("hw.energy", "J", "Energy consumed.")
+HW_ERRORS: Final = Metric("hw.errors", "{error}", "Errors of the component.")
+HW_STATUS: Final = Metric(
+    "hw.status", "1", "1 for the state that the component is in, 0 for the others."
+)
+HOST_LOAD: Final = Metric(
+    "periscope.host.load", "{thread}", "Threads that run or wait to run, averaged over a period."
+)
+CONTAINER_MEMORY_LIMIT: Final = Metric(
+    "periscope.container.memory.limit", "By", "Memory limit of the process's control group."
+)
+CONTAINER_CPU_LIMIT: Final = Metric(
+    "periscope.container.cpu.limit", "{cpu}", "CPU quota of the process's control group."
+)
+GPU_POWER_LIMIT: Final = Metric("periscope.gpu.power.limit", "W", "Power that the GPU may draw.")
+GPU_CLOCK_SPEED: Final = Metric("periscope.gpu.clock.speed", "Hz", "Clock speed of the GPU.")
+GPU_PROCESS_MEMORY: Final = Metric(
+    "periscope.gpu.process.memory.usage", "By", "GPU memory that this process uses."
 )
 
 DURATION_BOUNDARIES: Final = (

@@ -1,0 +1,102 @@
+"""Tell gauges on request: each line of standard input is a command in JSON, and so is each answer.
+
+The argument is what goes to `configure()`, in JSON. Readings are taken every tenth of a second.
+"""
+
+import ctypes
+import json
+import logging
+import os
+import sys
+import time
+
+import periscope_otel as periscope
+from periscope_otel.gauges import get_gpu_stats, get_system_stats
+from periscope_otel.gauges.instrument import _state
+
+
+class Lines(logging.Handler):
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def stub(function, *arguments):
+    plain = [one.encode() if isinstance(one, str) else ctypes.c_longlong(one) for one in arguments]
+    return getattr(ctypes.CDLL("libnvidia-ml.so.1"), f"stub_{function}")(*plain)
+
+
+def readings(count):
+    """Wait until so many more readings have been taken."""
+    wanted = _state._sampler.readings + count
+    end = time.monotonic() + 30
+    while _state._sampler.readings < wanted and time.monotonic() < end:
+        time.sleep(0.01)
+    return _state._sampler.readings
+
+
+def flush():
+    return runtime.flush(30)
+
+
+def host():
+    stats = get_system_stats()
+    return stats and [stats.process.pid, stats.memory.total]
+
+
+def gpu():
+    stats = get_gpu_stats()
+    if stats is None:
+        return {}, "no reading"
+    return {one.identity.id: one.state for one in stats.devices}, stats.problem and stats.problem[0]
+
+
+def gpu_until(problem):
+    """Wait until the problem is this one."""
+    end = time.monotonic() + 30
+    while gpu()[1] != problem and time.monotonic() < end:
+        time.sleep(0.02)
+    return gpu()
+
+
+def logs():
+    return lines.lines
+
+
+def fork():
+    """Fork a child that does one operation, waits for its own gauges, and flushes."""
+    pid = os.fork()
+    if pid:
+        return pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    periscope.monitored("work")(lambda: None)()
+    get_system_stats(10)
+    get_gpu_stats(10)
+    readings(2)
+    runtime.flush(30)
+    os._exit(7)
+
+
+def close():
+    periscope.shutdown()
+    return _state._sampler is None
+
+
+lines = Lines()
+logging.getLogger("periscope_otel").addHandler(lines)
+logging.getLogger("periscope_otel").setLevel(logging.INFO)
+runtime = periscope.configure(**json.loads(sys.argv[1]))
+if runtime.settings.gauges:
+    # The same gauges once more, at a shorter interval.
+    periscope.instrument_gauges(
+        meter_provider=runtime.meter_provider, gauges=runtime.settings.gauges, interval=0.1
+    )
+print(runtime.server.port if runtime.server else 0)
+commands = {
+    one.__name__: one for one in (stub, readings, flush, host, gpu, gpu_until, logs, fork, close)
+}
+for line in sys.stdin:
+    name, *arguments = json.loads(line)
+    print(json.dumps(commands[name](*arguments)))

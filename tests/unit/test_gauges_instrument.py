@@ -1,0 +1,352 @@
+"""`instrument_gauges()`: one sampler for the process, instruments made once on each provider."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+
+import periscope_otel as periscope
+from periscope_otel import guard
+from periscope_otel.gauges import Gauges, get_gpu_stats, get_system_stats, instrument_gauges
+from periscope_otel.gauges import instrument as instrument_module
+from periscope_otel.gauges.instrument import _state
+from periscope_otel.gauges.observe import HOST, Figure
+from periscope_otel.telemetry import names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+class Provided:
+    """A meter provider with its readers."""
+
+    def __init__(self, readers: int = 1) -> None:
+        self.readers = [InMemoryMetricReader() for _ in range(readers)]
+        self.provider = MeterProvider(self.readers, shutdown_on_exit=False)
+
+    def points(self, reader: int = 0) -> dict[str, list[Any]]:
+        """Collect, and return the data points by metric."""
+        data = self.readers[reader].get_metrics_data()
+        found: dict[str, list[Any]] = {}
+        for resource in data.resource_metrics if data else ():
+            for scope in resource.scope_metrics:
+                for metric in scope.metrics:
+                    found.setdefault(metric.name, []).extend(metric.data.data_points)
+        return found
+
+
+@pytest.fixture
+def provide() -> Iterator[Callable[..., Provided]]:
+    made: list[Provided] = []
+
+    def make(readers: int = 1) -> Provided:
+        made.append(Provided(readers))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.provider.shutdown()
+
+
+@pytest.fixture
+def switch_on() -> Iterator[Callable[..., Gauges]]:
+    """Switch gauges on, and off after the test."""
+    made: list[Gauges] = []
+
+    def switch(provided: Provided, **more: Any) -> Gauges:
+        made.append(
+            instrument_gauges(meter_provider=provided.provider, **{"gauges": {"host"}, **more})
+        )
+        _state._sampler.wait_for("host", 10)
+        return made[-1]
+
+    yield switch
+    for one in made:
+        one.close()
+    assert _state._sampler is None
+    assert not _state.users
+
+
+def test_host_figures_are_collected(provide, switch_on):
+    """After `instrument_gauges` a collect has the host's figures, under one scope."""
+    provided = provide()
+    switch_on(provided)
+    points = provided.points()
+    assert points["system.memory.limit"][0].value > 0
+    assert points["process.thread.count"][0].value >= 1
+    data = provided.readers[0].get_metrics_data()
+    scopes = {
+        s.scope.name: s.scope.schema_url for r in data.resource_metrics for s in r.scope_metrics
+    }
+    assert scopes == {names.SCOPE: names.SCHEMA_URL}
+
+
+def test_three_readers_cost_one_reading(provide, switch_on):
+    """However many providers and readers collect, the host is read no more often."""
+    several = [provide(3), provide(1)]
+    for one in several:
+        switch_on(one, interval=3600.0)
+    before = _state._sampler.readings
+    for _ in range(10):
+        for one in several:
+            for reader in range(len(one.readers)):
+                assert one.points(reader)["system.memory.limit"]
+    assert _state._sampler.readings == before
+
+
+def test_switching_on_twice_tells_once(provide, switch_on, caplog):
+    """On one provider instruments are made once; figures are told until all are closed."""
+    provided = provide()
+    first, second = switch_on(provided), switch_on(provided)
+    assert len(provided.points()["system.memory.limit"]) == 1
+    assert caplog.messages == []
+    first.close()
+    first.close()
+    assert "system.memory.limit" in provided.points()
+    second.close()
+    assert provided.points() == {}
+    switch_on(provided)
+    assert len(provided.points()["system.memory.limit"]) == 1
+    assert caplog.messages == []
+
+
+def test_the_last_that_is_closed_ends_the_thread(provide, switch_on):
+    """Closing the last gauges ends the sampler's thread; the next begin with a new one."""
+    provided = provide()
+    gauges = switch_on(provided)
+    thread = _state._sampler._beat.thread
+    gauges.close()
+    thread.join(10)
+    assert not thread.is_alive()
+    switch_on(provided)
+    assert _state._sampler.alive
+
+
+def test_each_cpu_is_told_where_asked_for(provide, switch_on):
+    """With `per_cpu` each CPU is a series, by its number from 0, in place of them all."""
+    provided = provide()
+    switch_on(provided, gauges={"per_cpu"})
+    points = provided.points()["system.cpu.time"]
+    assert {one.attributes["cpu.logical_number"] for one in points} == set(range(os.cpu_count()))
+    assert {one.attributes["cpu.mode"] for one in points} >= {"user", "system", "idle"}
+
+
+def test_series_are_bounded(provide, switch_on):
+    """All host figures together are a hundred series or so, not thousands."""
+    provided = provide()
+    switch_on(provided)
+    assert sum(len(one) for one in provided.points().values()) < 400
+
+
+@pytest.mark.parametrize("wanted", ["cpu", {"host", "disk"}, 5, object()])
+def test_what_there_is_not_is_an_error(wanted, provide):
+    """Gauges that there are not are a ValueError, and nothing is switched on."""
+    with pytest.raises(ValueError, match="gauges="):
+        instrument_gauges(meter_provider=provide().provider, gauges=wanted)
+    assert _state._sampler is None
+
+
+@pytest.mark.parametrize("interval", [0, 0.05, -1, float("nan"), 1e9])
+def test_an_interval_must_fit(interval, provide):
+    """An interval below a tenth of a second, or none at all, is a ValueError."""
+    with pytest.raises(ValueError, match="interval="):
+        instrument_gauges(meter_provider=provide().provider, interval=interval)
+    assert _state._sampler is None
+
+
+def test_the_shortest_interval_counts(provide, switch_on):
+    """With several intervals the shortest one counts for all."""
+    provided = provide()
+    for interval in (60.0, 20.0, 40.0):
+        switch_on(provided, interval=interval)
+    assert _state._sampler.interval == 20.0
+
+
+def test_a_figure_that_fails_costs_no_other(provide, switch_on, monkeypatch):
+    """A callback that fails is contained, and all other figures are collected."""
+    guard.set_strict(False)
+
+    def fail(_stats: Any) -> Any:
+        raise KeyError("modes")
+
+    broken = [Figure(HOST[0].metric, HOST[0].kind, fail), *HOST[1:]]
+    monkeypatch.setitem(instrument_module._FIGURES, "host", tuple(broken))
+    provided = provide()
+    switch_on(provided)
+    points = provided.points()
+    assert "system.cpu.time" not in points
+    assert "system.memory.limit" in points
+    assert guard.counts() == {"observing system.cpu.time": 1}
+
+
+def test_stale_figures_are_absent(provide, switch_on, monkeypatch):
+    """What was read more than three intervals ago is not told as if it were now."""
+    provided = provide()
+    switch_on(provided, interval=3600.0)
+    assert provided.points()
+    now = time.monotonic()
+    monkeypatch.setattr(_state._sampler, "_clock", lambda: now + 3 * 3600 + 10)
+    assert provided.points() == {}
+
+
+@pytest.fixture
+def contrib() -> Iterator[Any]:
+    """OpenTelemetry's own system-metrics instrumentation."""
+    module = pytest.importorskip("opentelemetry.instrumentation.system_metrics")
+    instrumentor = module.SystemMetricsInstrumentor(config={"process.thread.count": None})
+    yield instrumentor
+    if instrumentor.is_instrumented_by_opentelemetry:
+        instrumentor.uninstrument()
+    module.SystemMetricsInstrumentor._instance = None
+
+
+def test_contribs_own_instrumentation_keeps_the_host_off(provide, switch_on, contrib, caplog):
+    """While OpenTelemetry's own instrumentation tells the host, ours does not, and says so once."""
+    caplog.set_level(logging.WARNING, "periscope_otel")
+    theirs, ours = provide(), provide()
+    switch_on(ours)
+    assert "system.memory.limit" in ours.points()
+    contrib.instrument(meter_provider=theirs.provider)
+    for _ in range(3):
+        assert ours.points() == {}
+    assert [line for line in caplog.messages if "host gauges stay off" in line] == caplog.messages
+    assert len(caplog.messages) == 1
+    assert get_system_stats() is not None
+    contrib.uninstrument()
+    assert "system.memory.limit" in ours.points()
+
+
+@pytest.fixture
+def no_sampler() -> Iterator[None]:
+    yield
+    sampler = _state.take_sampler()
+    if sampler is not None:
+        sampler.stop(10)
+
+
+@pytest.mark.usefixtures("no_sampler")
+def test_stats_without_gauges():
+    """The stats are there for whoever asks, without any metric, and are typed."""
+    stats = get_system_stats(10)
+    assert stats.process.pid == os.getpid()
+    assert stats.memory.total >= stats.memory.used > 0
+    gpu = get_gpu_stats(10)
+    assert gpu.devices or gpu.problem.remedy
+    assert _state._sampler.readings >= 1
+
+
+@pytest.mark.usefixtures("no_sampler")
+def test_stats_that_do_not_come_are_none():
+    """Asking for stats waits no longer than it was told to."""
+    began = time.monotonic()
+    get_gpu_stats(0.0)
+    assert time.monotonic() - began < 5
+
+
+def test_the_public_name_is_the_function():
+    """`periscope.instrument_gauges` is the function of the gauges' room."""
+    assert periscope.instrument_gauges is instrument_gauges
+
+
+def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={"PATH": "", **env},
+    )
+
+
+def test_pynvml_is_loaded_where_gpus_are_wanted():
+    """pynvml is loaded when GPU gauges are switched on; the SDK itself loads psutil."""
+    done = python(
+        """
+        import sys
+        import periscope_otel.gauges
+        gauges = periscope_otel.gauges.instrument_gauges(gauges={"host"})
+        assert "pynvml" not in sys.modules
+        gauges.close()
+        gauges = periscope_otel.gauges.instrument_gauges(gauges={"gpu"})
+        assert "pynvml" in sys.modules
+        gauges.close()
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_provider_that_is_set_later_has_the_gauges():
+    """Gauges on the global provider work where that is set afterwards, and are not made twice."""
+    done = python(
+        """
+        from opentelemetry import metrics
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+        import periscope_otel as periscope
+        from periscope_otel.gauges import get_system_stats
+        periscope.instrument_gauges(gauges={"host"})
+        reader = InMemoryMetricReader()
+        metrics.set_meter_provider(MeterProvider([reader]))
+        periscope.instrument_gauges(gauges={"host"})
+        get_system_stats(10)
+        found = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
+        told = [metric.name for metric in found]
+        assert told.count("system.memory.limit") == 1, told
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_configure_reads_the_variable():
+    """PERISCOPE_GAUGES switches gauges on as the keyword does, and shutdown() switches them off."""
+    done = python(
+        """
+        import periscope_otel as periscope
+        from periscope_otel.gauges.instrument import _state
+        runtime = periscope.configure(exit_report="never")
+        assert runtime.settings.gauges == ("host",)
+        assert _state._sampler.alive
+        assert periscope.configure(gauges={"host"}, exit_report="never") is runtime
+        periscope.shutdown()
+        assert _state._sampler is None
+        """,
+        PERISCOPE_GAUGES="host",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_off_by_default():
+    """Without `gauges` nothing is sampled, and the room is not even imported."""
+    done = python(
+        """
+        import sys, threading
+        import periscope_otel as periscope
+        periscope.configure(exit_report="never")
+        assert not {"pynvml", "periscope_otel.gauges"} & set(sys.modules)
+        assert not [one for one in threading.enumerate() if one.name == "periscope-gauges"]
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_the_end_of_the_interpreter_is_quiet():
+    """A process that leaves its gauges open ends as it would without, at once and silently."""
+    done = python(
+        """
+        import periscope_otel as periscope
+        from periscope_otel.gauges import get_gpu_stats
+        periscope.instrument_gauges()
+        get_gpu_stats(10)
+        """
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
