@@ -301,14 +301,18 @@ def test_fifty_workers_send_one_probe(side, name):
     assert (passed or [may_probe(made[0])])[0].lease is not None
 
 
-def test_where_calls_do_not_wait_the_next_one_passes(side, name):
+def test_where_calls_do_not_wait_the_next_one_passes(side, server, name):
     """With `probe_wait=0` the call that asks is rejected, and the next one has the lease."""
     breaker = side().breaker(name, probe_wait=0.0)
     trip(breaker)
     wait_until_over(breaker)
-    began = time.monotonic()
-    assert breaker.allow() is None
-    assert time.monotonic() - began < 0.05
+    server.pause()  # which would hold up whoever waits
+    try:
+        began = time.monotonic()
+        assert breaker.allow() is None
+        assert time.monotonic() - began < 1.0
+    finally:
+        server.resume()
     lease_of(breaker)
 
 
@@ -355,27 +359,26 @@ def test_a_lease_of_a_breaker_that_is_gone_goes_back_too(side, client, name, mon
     until(lambda: client.zcard(leases_key(name)) == 0)
 
 
-async def test_a_coroutine_asks_without_holding_the_loop_up(side, name):
+async def test_a_coroutine_asks_without_holding_the_loop_up(side, server, name):
     """While one waits for an answer the others go on."""
-    breaker = side().breaker(name)
+    breaker = side().breaker(name, probe_wait=1.0)
     trip(breaker)
     wait_until_over(breaker)
-    longest, last = 0.0, time.monotonic()
-
-    async def tick() -> None:
-        nonlocal longest, last
-        while True:
+    server.pause()
+    try:
+        asking = asyncio.create_task(breaker.allow_async())
+        turns = 0
+        while turns < 10:
             await asyncio.sleep(0.001)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-
-    ticking = asyncio.create_task(tick())
-    permit = None
+            turns += 1
+        assert not asking.done()
+    finally:
+        server.resume()
+    permit = await asking
     while permit is None:
         permit = await breaker.allow_async()
         await asyncio.sleep(0)
-    ticking.cancel()
     assert permit.lease is not None
-    assert longest < 0.04
 
 
 async def test_a_coroutine_waits_no_longer_than_it_may(side, server, name):
@@ -389,21 +392,25 @@ async def test_a_coroutine_waits_no_longer_than_it_may(side, server, name):
         permit = await breaker.allow_async()
         assert permit is not None
         assert permit.lease is None
-        assert time.monotonic() - began < 0.3
+        assert time.monotonic() - began < 3.0  # the Redis is waited for longer
     finally:
         server.resume()
 
 
-async def test_a_cancelled_question_loses_no_lease(side, client, name):
+async def test_a_cancelled_question_loses_no_lease(side, server, client, name):
     """The lease of a call that was cancelled as it asked is the next call's."""
     breaker = side().breaker(name, probe_wait=5.0)
     trip(breaker)
     await asyncio.sleep(0.3)
-    asking = asyncio.create_task(breaker.allow_async())
-    await asyncio.sleep(0)
-    asking.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await asking
+    server.pause()  # so that it is cancelled before there is an answer
+    try:
+        asking = asyncio.create_task(breaker.allow_async())
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+    finally:
+        server.resume()
     until(lambda: client.zcard(leases_key(name)) == 1)
     permit = breaker.allow()
     assert permit is not None
