@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from periscope_otel.dead_letter.loss import OnLost
     from periscope_otel.dead_letter.queue import DeadLetterQueue
+    from periscope_otel.doctor import Diagnosis
+    from periscope_otel.doctor.program import Program
     from periscope_otel.gauges import Gauges
     from periscope_otel.resilience.policy import BreakerPolicy
     from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
@@ -188,17 +190,49 @@ class Runtime:
         ]
         return ExportReport(tuple(signals), in_time)
 
+    def examine(self, timeout: float = 3.0) -> Diagnosis:
+        """Say what is well and what is not: settings, providers, servers, devices, losses.
+
+        Args:
+            timeout: Seconds that each server has to answer; the whole takes a few times that.
+
+        Example:
+            >>> for finding in runtime.examine().broken:
+            ...     print(finding.message, finding.remedy)
+        """
+        from periscope_otel.doctor import examine
+        from periscope_otel.doctor.program import program_findings
+
+        return examine(self.settings, inside=program_findings(self._program()), timeout=timeout)
+
     # Wiring.
 
     def _serve(self, host: str, port: int) -> None:
+        from periscope_otel.doctor.program import PAGE, ProgramPage, program_findings
         from periscope_otel.server import Page, Server
 
         self._page = page = PrometheusPage()
+        inside = ProgramPage(lambda: program_findings(self._program()))
         pages: dict[str, Callable[[str], Page]] = {
             "/metrics": lambda accept: Page(*page.render(accept)),
             "/health": lambda _accept: Page(b"ok\n", "text/plain"),
+            PAGE: lambda _accept: Page(inside.render(), "application/json"),
         }
-        self.server = Server(host, port, pages)
+        self.server = Server(host, port, pages, local=[PAGE])
+
+    def _program(self) -> Program:
+        from periscope_otel.doctor.program import Program
+
+        return Program(
+            self.tracer_provider,
+            self.meter_provider,
+            builds_spans=bool(self._processors),
+            builds_metrics=self._owns_meter_provider,
+            drives_breakers=self._breaker_spans is not None,
+            report=self.report(),
+            instruments=self.telemetry.instruments,
+            label_limit=self.settings.label_limit,
+        )
 
     def _use_dead_letters(self, on_lost: OnLost | None) -> None:
         settings = self.settings

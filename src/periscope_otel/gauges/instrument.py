@@ -8,12 +8,12 @@ import os
 import sys
 import threading
 import weakref
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from opentelemetry import metrics
 
 from periscope_otel import guard
-from periscope_otel.gauges.gpu import GpuReader
+from periscope_otel.gauges.gpu import NOT_INSTALLED, GpuReader
 from periscope_otel.gauges.host import HostReader
 from periscope_otel.gauges.nvml import NvmlBackend
 from periscope_otel.gauges.observe import COUNTER, GAUGE, GPU, HOST, UP_DOWN_COUNTER, Figure
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from opentelemetry.metrics import CallbackOptions, Meter, MeterProvider, Observation
 
-    from periscope_otel.gauges.stats import GpuStats, SystemStats
+    from periscope_otel.gauges.stats import GpuProblem, GpuStats, SystemStats
 
 logger = logging.getLogger("periscope_otel")
 
@@ -147,6 +147,29 @@ def _stats(part: str, timeout: float) -> object | None:
     return sampler.wait_for(part, timeout)
 
 
+class Condition(NamedTuple):
+    """How the sampler is."""
+
+    parts: tuple[str, ...]
+    """What it reads."""
+    hanging: tuple[str, ...]
+    """What does not come back from being read."""
+    problem: GpuProblem | None
+    """What keeps GPUs from being read, unless there simply are none."""
+
+
+def condition() -> Condition | None:
+    """Return how the sampler is; None if there is none."""
+    sampler = _state.sampler
+    if sampler is None:
+        return None
+    stats = cast("GpuStats | None", sampler.latest(GAUGE_GPU)) if sampler.has(GAUGE_GPU) else None
+    problem = None if stats is None else stats.problem
+    if problem is not None and problem.reason in NOT_INSTALLED:
+        problem = None
+    return Condition(sampler.part_names, tuple(sorted(sampler.hanging)), problem)
+
+
 class _Instruments:
     """The instruments of one meter: made once, silent while nobody wants them."""
 
@@ -224,6 +247,11 @@ class _State:
         if GAUGE_GPU in wanted and not sampler.has(GAUGE_GPU):
             sampler.add(GpuReader(NvmlBackend()))
         return sampler
+
+    @property
+    def sampler(self) -> Sampler | None:
+        """The sampler, if there is one."""
+        return self._sampler
 
     def take_sampler(self) -> Sampler | None:
         """Return the sampler, to be stopped; the caller holds the lock."""

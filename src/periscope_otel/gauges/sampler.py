@@ -135,6 +135,16 @@ class Sampler:
             if self._beat is not None:
                 self._beat.wake.set()
 
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """What it reads."""
+        return tuple(self._parts)
+
+    @property
+    def hanging(self) -> frozenset[str]:
+        """What does not come back from being read."""
+        return self._hanging
+
     def has(self, name: str) -> bool:
         """Whether there is a part of this name."""
         return name in self._parts
