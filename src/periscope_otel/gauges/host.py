@@ -1,24 +1,30 @@
-"""The host and this process: one reading, through psutil.
+"""The host and this process: one reading, each figure by itself.
 
-A utilisation is the share between two readings, so it is absent after the first; what the
-platform does not tell is absent too, never zero.
+A utilisation is the share between two readings, so it is absent after the first; what the platform
+does not tell is absent too, never zero, and costs no other figure.
 """
 
 from __future__ import annotations
 
 import os
-import resource
+import sys
 import time
-from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from periscope_otel.gauges import cgroup
+from periscope_otel.gauges.absence import Absences
+from periscope_otel.gauges.choice import Choice
+from periscope_otel.gauges.counters import Counters
+from periscope_otel.gauges.devices import DeviceClasses
+from periscope_otel.gauges.labels import label
+from periscope_otel.gauges.portable import PortableSource
+from periscope_otel.gauges.procfs import ProcfsSource
+from periscope_otel.gauges.shares import Shares
 from periscope_otel.gauges.stats import (
+    ContainerLimits,
     CpuStats,
     DiskStats,
-    FilesystemStats,
-    MemoryStats,
     NetworkStats,
     PagingStats,
     ProcessStats,
@@ -26,61 +32,85 @@ from periscope_otel.gauges.stats import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
-MOST_DEVICES = 16
-"""Disks, filesystems and interfaces that are told of, of each kind."""
+    from periscope_otel.gauges.source import CpuTimes, Source
 
-_MODES = (
-    ("user", ("user",)),
-    ("nice", ("nice",)),
-    ("system", ("system",)),
-    ("idle", ("idle",)),
-    ("iowait", ("iowait",)),
-    ("interrupt", ("irq", "softirq", "interrupt")),
-    ("steal", ("steal",)),
-)
-"""Modes by the semantic conventions, and what psutil calls them. Guests are part of user."""
+SUPPORTED: Final = sys.platform != "win32"
+"""Whether there are host figures on this platform."""
 
-_Device = TypeVar("_Device", DiskStats, NetworkStats)
+MOST_CPUS: Final = 200
+"""CPUs beyond which they are told together: each of them is seven series of two metrics."""
+
+_CPU_SLACK: Final = 1.0
+"""Seconds by which a CPU's time may go back for a while: it waited for less than was thought."""
+
+_Told = TypeVar("_Told")
+_Device = TypeVar("_Device", bound=tuple[Any, ...])
+
+
+class _Slow(NamedTuple):
+    """What changes slowly, as it was read last."""
+
+    cpu_count: int | None
+    available_cpus: float
+    paging: tuple[PagingStats, ...]
+    container: ContainerLimits
 
 
 class HostReader:
-    """Reads the host and this process.
+    """Reads the host and this process; a part of the sampler.
 
     Args:
         per_cpu: Whether to tell of each CPU by itself too.
         clock: Monotonic seconds.
+        sources: Who is asked, the first that answers; the platform's own by default.
+        classes: Which devices stand for hardware.
+
+    Raises:
+        NotImplementedError: On Windows.
     """
 
     name = "host"
     may_hang = False
 
     def __init__(
-        self, *, per_cpu: bool = False, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        per_cpu: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+        sources: Sequence[Source] | None = None,
+        classes: DeviceClasses | None = None,
     ) -> None:
-        # Not at the top: `import periscope_otel` does without. Here, in the caller's thread, and
-        # not in the sampler's: a fork in the middle of an import blocks that import in the child.
-        self._psutil: Any = import_module("psutil")
+        if not SUPPORTED:
+            raise NotImplementedError("host figures are read on Linux and macOS, not on Windows")
         self.per_cpu = per_cpu
         self._clock = clock
-        self._classes = _DeviceClasses()
+        self._sources = _sources_of_platform(clock) if sources is None else tuple(sources)
+        self._classes = classes or DeviceClasses()
+        self._absences = Absences()
+        self._forget()
         self._pid = 0
 
     def after_fork(self) -> None:
         """Start anew with the next reading: what another process has used is its own."""
         self._pid = 0
 
-    def _begin(self) -> None:
-        self._pid = os.getpid()
-        self._process = self._psutil.Process()
-        self._started = self._clock() - (time.time() - self._process.create_time())
-        self._cpus: dict[int | None, CpuStats] = {}
-        self._process_before: tuple[float, Mapping[str, float]] | None = None
-        self._disks = Choice[DiskStats]()
-        self._networks = Choice[NetworkStats]()
-        self._filesystems: tuple[FilesystemStats, ...] = ()
-        self._container = cgroup.NO_LIMITS
+    def _forget(self) -> None:
+        self._cpus: dict[int | None, _Cpu] = {}
+        self._disks = _Devices(
+            "disks", DiskStats._make, lambda one: one.read_bytes + one.written_bytes
+        )
+        self._networks = _Devices(
+            "network interfaces",
+            NetworkStats._make,
+            lambda one: one.received_bytes + one.transmitted_bytes,
+        )
+        self._swaps = Choice[PagingStats](
+            "swap devices", lambda one: one.used + one.free, gives_way=False
+        )
+        self._process = Shares()
+        self._slow = _Slow(None, 1.0, (), cgroup.NO_LIMITS)
 
     def left_behind(self) -> None:
         """Tell nothing while a reading hangs."""
@@ -89,265 +119,201 @@ class HostReader:
         """Do nothing: it holds nothing open."""
 
     def read(self, slow: bool) -> SystemStats:
-        """Return what the host and this process do now.
+        """Return what the host and this process do now; filesystems are read by themselves.
 
         Args:
-            slow: Whether to look at swap, filesystems and limits again too, which change slowly.
+            slow: Whether to look at what changes slowly again too, such as swap space and limits.
         """
-        new = self._pid != os.getpid()
-        if new:
-            self._begin()
-        if new or slow:
-            self._swap: PagingStats | None = self._told(self._read_swap)
-            self._filesystems = self._told(self._read_filesystems) or ()
-            self._container = cgroup.limits()
-        psutil = self._psutil
-        return SystemStats(
+        pid = os.getpid()
+        if self._pid != pid:
+            self._forget()
+            slow = True
+        if slow:
+            self._classes.look_again()
+            self._slow = self._read_slow()
+        cpu, cpus = self._read_cpus()
+        stats = SystemStats(
             taken_at=time.time(),
-            cpu_count=psutil.cpu_count(),
-            cpu=self._cpu(None, psutil.cpu_times()),
-            cpus=self._each_cpu(),
-            memory=self._memory(),
-            paging=self._swap,
-            disks=self._told(self._read_disks) or (),
-            filesystems=self._filesystems,
-            networks=self._told(self._read_networks) or (),
-            load=self._told(os.getloadavg),
-            uptime=self._uptime(),
-            container=self._container,
-            process=self._read_process(),
+            cpu_count=self._slow.cpu_count,
+            cpu=cpu,
+            cpus=cpus,
+            memory=self._ask("memory", lambda source: source.memory()),
+            paging=self._slow.paging,
+            disks=self._read_disks(slow),
+            filesystems=(),
+            networks=self._read_networks(slow),
+            load=self._ask("load", lambda source: source.load()),
+            uptime=self._ask("uptime", lambda source: source.uptime()),
+            container=self._slow.container,
+            process=self._read_process(pid),
         )
-
-    # The host.
-
-    def _each_cpu(self) -> tuple[CpuStats, ...]:
-        if not self.per_cpu:
-            return ()
-        each = enumerate(self._psutil.cpu_times(percpu=True))
-        return tuple(self._cpu(number, times) for number, times in each)
-
-    def _cpu(self, number: int | None, told: Any) -> CpuStats:
-        before = self._cpus.get(number)
-        times = {
-            mode: sum(getattr(told, name, 0.0) for name in names_)
-            for mode, names_ in _MODES
-            if any(hasattr(told, name) for name in names_)
-        }
-        if before is None:
-            stats = CpuStats(number, times, None)
-        else:
-            # The kernel's iowait and idle may go back a little; a counter may not.
-            times = {mode: max(spent, before.times[mode]) for mode, spent in times.items()}
-            stats = CpuStats(number, times, _shares(before.times, times))
-            if stats.utilization is None:  # no time has passed: what was known is still so
-                stats = stats._replace(utilization=before.utilization)
-        self._cpus[number] = stats
+        self._pid = pid
         return stats
 
-    def _memory(self) -> MemoryStats:
-        told = self._psutil.virtual_memory()
-        return MemoryStats(
-            total=told.total,
-            used=told.total - told.available,
-            free=told.free,
-            available=told.available,
-            buffers=getattr(told, "buffers", None),
-            cached=getattr(told, "cached", None),
-        )
+    # Each figure by itself.
 
-    def _read_swap(self) -> PagingStats:
-        told = self._psutil.swap_memory()
-        return PagingStats(told.used, told.free)
+    def _ask(self, figure: str, question: Callable[[Source], _Told]) -> _Told | None:
+        """Return what the first source says that can; None if none can."""
+        failed: Exception | None = None
+        for source in self._sources:
+            try:
+                return question(source)
+            except Exception as error:  # noqa: BLE001  (a platform fails in any way it likes)
+                failed = failed or error
+        self._absences.say(figure, failed)
+        return None
 
-    def _read_disks(self) -> tuple[DiskStats, ...]:
-        # Without `nowrap`, whose lock a child of a fork may inherit taken; 64 bits do not wrap.
-        told = self._psutil.disk_io_counters(perdisk=True, nowrap=False) or {}
-        found = [
-            DiskStats(name, one.read_bytes, one.write_bytes, one.read_count, one.write_count)
-            for name, one in told.items()
-            if self._classes.is_disk(name)
-        ]
-        return self._disks.of(found, lambda one: one.read_bytes + one.written_bytes)
-
-    def _read_networks(self) -> tuple[NetworkStats, ...]:
-        told = self._psutil.net_io_counters(pernic=True, nowrap=False) or {}
-        found = [
-            NetworkStats(
-                name,
-                one.bytes_recv,
-                one.bytes_sent,
-                one.errin,
-                one.errout,
-                one.dropin,
-                one.dropout,
-            )
-            for name, one in told.items()
-            if not self._classes.is_loopback(name)
-        ]
-        # In a container every interface is a virtual one.
-        real = [one for one in found if self._classes.is_real_interface(one.interface)]
-        return self._networks.of(
-            real or found, lambda one: one.received_bytes + one.transmitted_bytes
-        )
-
-    def _read_filesystems(self) -> tuple[FilesystemStats, ...]:
-        by_device: dict[str, Any] = {}
-        for one in self._psutil.disk_partitions(all=False):
-            known = by_device.get(one.device)
-            if known is None or len(one.mountpoint) < len(known.mountpoint):
-                by_device[one.device] = one
-        if not any(one.mountpoint == "/" for one in by_device.values()):
-            # A container's root is a virtual filesystem, but it is the one that fills up.
-            everything = self._psutil.disk_partitions(all=True)
-            by_device |= {one.device: one for one in everything if one.mountpoint == "/"}
-        stats = [found for one in by_device.values() if (found := _filesystem(one)) is not None]
-        stats.sort(key=lambda one: (-one.used - one.free, one.mountpoint))
-        return tuple(stats[:MOST_DEVICES])
-
-    def _uptime(self) -> float:
-        if hasattr(time, "CLOCK_BOOTTIME"):
-            return time.clock_gettime(time.CLOCK_BOOTTIME)
-        boot: float = self._psutil.boot_time()
-        return time.time() - boot
-
-    # This process.
-
-    def _read_process(self) -> ProcessStats:
-        process = self._process
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        times = {"user": used.ru_utime, "system": used.ru_stime}
-        with process.oneshot():
-            memory = process.memory_info()
-            threads: int = process.num_threads()
-        return ProcessStats(
-            pid=self._pid,
-            cpu_times=times,
-            cpu_utilization=self._process_utilization(times),
-            memory=memory.rss,
-            virtual_memory=memory.vms,
-            threads=threads,
-            file_descriptors=self._told(process.num_fds),
-            context_switches={"voluntary": used.ru_nvcsw, "involuntary": used.ru_nivcsw},
-            paging_faults={"minor": used.ru_minflt, "major": used.ru_majflt},
-            disk_io=self._told(lambda: _disk_io(process)),
-            uptime=self._clock() - self._started,
-        )
-
-    def _process_utilization(self, times: Mapping[str, float]) -> Mapping[str, float] | None:
-        now, before = self._clock(), self._process_before
-        self._process_before = (now, times)
-        if before is None or now <= before[0]:
-            return None
-        available = (now - before[0]) * self._available_cpus()
-        return {
-            mode: min(1.0, max(0.0, spent - before[1][mode]) / available)
-            for mode, spent in times.items()
-        }
-
-    def _available_cpus(self) -> float:
-        """Return how many CPUs this process may use: those it is bound to, within its quota."""
-        bound = getattr(os, "sched_getaffinity", None)
-        count = len(bound(0)) if bound is not None else (os.cpu_count() or 1)
-        return min(float(count), self._container.cpus or float(count))
-
-    def _told(self, ask: Callable[[], Any]) -> Any:
-        """Return what the platform tells; None if it does not, or not this user."""
+    def _told(self, figure: str, work_out: Callable[[], _Told], otherwise: _Told) -> _Told:
+        """Return what can be worked out of what was told."""
         try:
-            return ask()
-        except (
-            AttributeError,  # psutil has no such function on this platform
-            NotImplementedError,
-            OSError,
-            RuntimeWarning,  # an incomplete /proc, where warnings are errors
-            self._psutil.Error,
-        ):
-            return None
+            return work_out()
+        except Exception as error:  # noqa: BLE001
+            self._absences.say(figure, error)
+            return otherwise
+
+    def _read_slow(self) -> _Slow:
+        count = self._ask("CPU count", lambda source: source.cpu_count())
+        available = self._ask("available CPUs", lambda source: source.available_cpus())
+        container = self._told("container limits", cgroup.limits, cgroup.NO_LIMITS)
+        cpus = float(available or count or 1)
+        return _Slow(
+            cpu_count=count,
+            available_cpus=min(cpus, container.cpus or cpus),
+            paging=self._told("swap space", self._read_swaps, ()),
+            container=container,
+        )
+
+    def _read_swaps(self) -> tuple[PagingStats, ...]:
+        told = self._ask("swap space", lambda source: source.swaps()) or ()
+        by_name = {label(one.device or ""): one for one in told}
+        return tuple(
+            by_name[name]._replace(device=name or None)
+            for name in self._swaps.of(by_name, slow=True)
+        )
+
+    def _read_cpus(self) -> tuple[CpuStats | None, tuple[CpuStats, ...]]:
+        times = self._ask("CPU times", lambda source: source.cpu_times(self.per_cpu))
+        if times is None:
+            return None, ()
+        now = self._clock()
+        return (
+            self._told("CPU times", lambda: self._cpu(None, times.together, now), None),
+            self._told("CPU times", lambda: self._each_cpu(times, now), ()),
+        )
+
+    def _each_cpu(self, times: CpuTimes, now: float) -> tuple[CpuStats, ...]:
+        if len(times.each) > MOST_CPUS:
+            line = f"{len(times.each)} CPUs are told together: that is too many for one by one"
+            self._absences.say_once("each CPU", line)
+            return ()
+        each = (self._cpu(number, one, now) for number, one in times.each.items())
+        return tuple(one for one in each if one is not None)
+
+    def _cpu(self, number: int | None, times: Mapping[str, float], now: float) -> CpuStats | None:
+        if not any(times.values()):
+            return None  # some containers' /proc has nothing but zeros
+        cpu = self._cpus.get(number)
+        if cpu is None:
+            cpu = self._cpus[number] = _Cpu()
+        return cpu.stats(number, times, now)
+
+    def _read_disks(self, slow: bool) -> tuple[DiskStats, ...]:
+        def read(wanted: Callable[[str], bool]) -> Iterable[DiskStats]:
+            return self._ask("disks", lambda source: source.disks(wanted)) or ()
+
+        def work_out() -> tuple[DiskStats, ...]:
+            return self._disks.read(read, self._classes.is_disk, self._classes.may_be_disk, slow)
+
+        return self._told("disks", work_out, ())
+
+    def _read_networks(self, slow: bool) -> tuple[NetworkStats, ...]:
+        def read(wanted: Callable[[str], bool]) -> Iterable[NetworkStats]:
+            return self._ask("networks", lambda source: source.networks(wanted)) or ()
+
+        def work_out() -> tuple[NetworkStats, ...]:
+            classes = self._classes
+            # In a container every interface is a virtual one.
+            return self._networks.read(read, classes.is_adapter, classes.leads_away, slow)
+
+        return self._told("networks", work_out, ())
+
+    def _read_process(self, pid: int) -> ProcessStats:
+        size = self._ask("process size", lambda source: source.process_size())
+        usage = self._ask("process usage", lambda source: source.process_usage())
+        times = None if usage is None else usage.cpu_times
+        return ProcessStats(
+            pid=pid,
+            cpu_times=_fixed(times),
+            cpu_utilization=None
+            if times is None
+            else self._process.of(self._clock(), times, self._slow.available_cpus),
+            memory=None if size is None else size.memory,
+            virtual_memory=None if size is None else size.virtual_memory,
+            threads=None if size is None else size.threads,
+            file_descriptors=self._ask(
+                "file descriptors", lambda source: source.file_descriptors()
+            ),
+            context_switches=None if usage is None else _fixed(usage.context_switches),
+            paging_faults=None if usage is None else _fixed(usage.paging_faults),
+            disk_io=_fixed(self._ask("process I/O", lambda source: source.process_io())),
+            uptime=None if size is None else size.uptime,
+        )
 
 
-class Choice(Generic[_Device]):
-    """At most so many of the devices that there are: the busiest, once chosen kept."""
+class _Cpu:
+    """All CPUs together, or one of them, from reading to reading."""
 
-    def __init__(self, most: int = MOST_DEVICES) -> None:
-        self._most = most
-        self._chosen: set[str] = set()
+    def __init__(self) -> None:
+        self._counters = Counters(_CPU_SLACK)
+        self._shares = Shares()
 
-    def of(self, found: Iterable[_Device], size: Callable[[_Device], int]) -> tuple[_Device, ...]:
-        """Return those chosen of `found`, in the order of their names."""
-        by_name = {one[0]: one for one in found}
-        self._chosen &= by_name.keys()
-        room = self._most - len(self._chosen)
-        others = [one for name, one in by_name.items() if name not in self._chosen]
-        self._chosen |= {one[0] for one in sorted(others, key=size, reverse=True)[:room]}
-        return tuple(by_name[name] for name in sorted(self._chosen))
+    def stats(self, number: int | None, times: Mapping[str, float], now: float) -> CpuStats:
+        told: dict[str, Any] = dict(
+            zip(times, self._counters.of(None, times.values()), strict=True)
+        )
+        # Of what was counted, not of what is told: that stands still while a counter goes back.
+        return CpuStats(number, MappingProxyType(told), self._shares.of(now, times))
 
 
-class _DeviceClasses:
-    """Which devices stand for hardware; looked up once each."""
+class _Devices(Generic[_Device]):
+    """The disks, or the network interfaces, from reading to reading."""
 
-    def __init__(self, sys: Path = Path("/sys")) -> None:
-        self._sys = sys
-        self._disks: dict[str, bool] = {}
-        self._interfaces: dict[str, bool] = {}
+    def __init__(
+        self,
+        kind: str,
+        make: Callable[[Iterable[Any]], _Device],
+        size: Callable[[_Device], int],
+    ) -> None:
+        self._make = make
+        self._choice: Choice[_Device] = Choice(kind, size)
+        self._counters = Counters()
+        self._some_are_real = False
 
-    def is_disk(self, name: str) -> bool:
-        """Whether it is a whole disk: no partition, loop device or other virtual one."""
-        known = self._disks.get(name)
-        return self._look(self._disks, "block", name) if known is None else known
-
-    def is_real_interface(self, name: str) -> bool:
-        """Whether it is a network adapter: no bridge, tunnel, or one end of a container's pair."""
-        known = self._interfaces.get(name)
-        return self._look(self._interfaces, "class/net", name) if known is None else known
-
-    def is_loopback(self, name: str) -> bool:
-        """Whether it leads back to this host."""
-        return name.rstrip("0123456789") == "lo"
-
-    def _look(self, known: dict[str, bool], folder: str, name: str) -> bool:
-        if len(known) > 1024:  # names of short-lived devices
-            known.clear()
-        known[name] = _is_real(self._sys / folder, name)
-        return known[name]
-
-
-def _is_real(folder: Path, name: str) -> bool:
-    """Whether the kernel lists a device that is not virtual; without a /sys, all are."""
-    if not folder.is_dir():
-        return True
-    device = folder / name.replace("/", "!")  # as in cciss!c0d0
-    return device.exists() and "/devices/virtual/" not in str(device.resolve())
+    def read(
+        self,
+        read: Callable[[Callable[[str], bool]], Iterable[_Device]],
+        is_real: Callable[[str], bool],
+        may_be: Callable[[str], bool],
+        slow: bool,
+    ) -> tuple[_Device, ...]:
+        """Return the real ones; where there never was one, those that may stand for them."""
+        found = list(read(is_real))
+        if found:
+            self._some_are_real = True
+        elif not self._some_are_real:
+            found = list(read(may_be))
+        by_name = {label(one[0]): one for one in found}
+        return tuple(
+            self._make((name, *self._counters.of(name, by_name[name][1:])))
+            for name in self._choice.of(by_name, slow)
+        )
 
 
-def _filesystem(mount: Any) -> FilesystemStats | None:
-    point = mount.mountpoint
-    try:
-        told = os.statvfs(point)
-    except OSError:
-        return None
-    # Containers mount single files of the host's disk; they are no filesystems of their own.
-    if not told.f_blocks or not Path(point).is_dir():
-        return None
-    size = told.f_frsize
-    return FilesystemStats(
-        device=mount.device,
-        mountpoint=point,
-        type=mount.fstype,
-        mode="ro" if "ro" in mount.opts.split(",") else "rw",
-        used=(told.f_blocks - told.f_bfree) * size,
-        free=told.f_bavail * size,
-        reserved=(told.f_bfree - told.f_bavail) * size,
-    )
+def _sources_of_platform(clock: Callable[[], float]) -> tuple[Source, ...]:
+    portable = PortableSource(clock)
+    return (ProcfsSource(), portable) if sys.platform == "linux" else (portable,)
 
 
-def _shares(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float] | None:
-    """Return each mode's share of the time that has passed; None if none has."""
-    spent = {mode: seconds - before[mode] for mode, seconds in after.items()}
-    total = sum(spent.values())
-    if total <= 0:
-        return None
-    return {mode: min(1.0, one / total) for mode, one in spent.items()}
-
-
-def _disk_io(process: Any) -> dict[str, int]:
-    told = process.io_counters()
-    return {"read": told.read_bytes, "write": told.write_bytes}
+def _fixed(values: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return values that nobody can change who is told them."""
+    return None if values is None else MappingProxyType(dict(values))

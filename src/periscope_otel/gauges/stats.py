@@ -32,8 +32,10 @@ class MemoryStats(NamedTuple):
 
 
 class PagingStats(NamedTuple):
-    """Swap space, in bytes."""
+    """One device of swap space, in bytes."""
 
+    device: str | None
+    """None where the platform only tells of all together."""
     used: int
     free: int
 
@@ -71,7 +73,8 @@ class NetworkStats(NamedTuple):
     receive_errors: int
     transmit_errors: int
     receive_dropped: int
-    transmit_dropped: int
+    transmit_dropped: int | None
+    """None where the platform does not count them."""
 
 
 class ContainerLimits(NamedTuple):
@@ -87,43 +90,44 @@ class ProcessStats(NamedTuple):
     """This process; None stands for what the platform does not tell."""
 
     pid: int
-    cpu_times: Mapping[str, float]
+    cpu_times: Mapping[str, float] | None
     """Seconds by mode."""
     cpu_utilization: Mapping[str, float] | None
     """Share of the CPUs available to it since the reading before, by mode; None at first."""
-    memory: int
+    memory: int | None
     """Bytes of physical memory."""
-    virtual_memory: int
+    virtual_memory: int | None
     """Bytes of virtual memory."""
-    threads: int
+    threads: int | None
     file_descriptors: int | None
-    context_switches: Mapping[str, int]
+    context_switches: Mapping[str, int] | None
     """`voluntary` and `involuntary`."""
-    paging_faults: Mapping[str, int]
+    paging_faults: Mapping[str, int] | None
     """`minor` and `major`."""
     disk_io: Mapping[str, int] | None
     """Bytes, `read` and `write`."""
-    uptime: float
+    uptime: float | None
     """Seconds."""
 
 
 class SystemStats(NamedTuple):
-    """The host and this process at one moment."""
+    """The host and this process at one moment; None and nothing stand for what is not told."""
 
     taken_at: float
     """Unix time in seconds."""
     cpu_count: int | None
-    cpu: CpuStats
+    cpu: CpuStats | None
     cpus: tuple[CpuStats, ...]
-    """Each CPU by itself; empty unless asked for."""
-    memory: MemoryStats
-    paging: PagingStats | None
+    """Each CPU by itself; empty unless asked for, and on a machine with very many."""
+    memory: MemoryStats | None
+    paging: tuple[PagingStats, ...]
+    """Each device of swap space; empty where there is none."""
     disks: tuple[DiskStats, ...]
     filesystems: tuple[FilesystemStats, ...]
     networks: tuple[NetworkStats, ...]
     load: tuple[float, float, float] | None
     """Threads that run or wait, averaged over 1, 5 and 15 minutes."""
-    uptime: float
+    uptime: float | None
     """Seconds since the system was started."""
     container: ContainerLimits
     process: ProcessStats
