@@ -74,6 +74,7 @@ class Settings(NamedTuple):
     breaker_spans: bool | None
     record_client_spans: bool
     gauges: tuple[str, ...]
+    gauges_interval: float
 
 
 def _text(value: Any) -> str | None:
@@ -315,6 +316,13 @@ SETTINGS: tuple[Setting, ...] = (
         read_gauges,
         "true, false or some of host, gpu and per_cpu",
         "Host and GPU figures; `true` is host and gpu. Off by default.",
+    ),
+    Setting(
+        "gauges_interval",
+        5.0,
+        _seconds(0.1, 86_400.0),
+        "seconds from 0.1 to 86400",
+        "Time between two readings of host and GPU figures.",
     ),
 )
 
