@@ -40,10 +40,13 @@ if TYPE_CHECKING:
 
 _ALONE = """
 import json, sys, time
+from periscope_otel.gauges.filesystems import FilesystemReader
 from periscope_otel.gauges.host import HostReader
 from periscope_otel.gauges.sampler import Sampler
 sampler = Sampler(HostReader())
 sampler.start()
+filesystems = Sampler(FilesystemReader())
+filesystems.start()
 time.sleep(2)
 wall, cpu = time.perf_counter(), time.process_time()
 time.sleep(float(sys.argv[1]))

@@ -9,9 +9,10 @@ from hosts import serve
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 
+from periscope_otel.gauges.filesystems import FilesystemReader
 from periscope_otel.gauges.host import HostReader
 from periscope_otel.gauges.instrument import _state, instrument_gauges
-from periscope_otel.gauges.observe import HOST
+from periscope_otel.gauges.observe import FILESYSTEM, HOST
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -50,29 +51,39 @@ def ours() -> dict[str, Subject]:
     provider, reader = collector()
     # The sampler's own thread sleeps through the measurement, which reads in its place.
     instrument_gauges(meter_provider=provider, gauges={"host"}, interval=86_400)
-    sampler = _state.samplers["host"]
-    sampler.wait(10)
-    turn = sampler._turn
-    assert turn is not None
-    slow = HostReader()
+    samplers = [_state.samplers[name] for name in ("host", "filesystems")]
+    for sampler in samplers:
+        sampler.wait(10)
+    turns = [(sampler, sampler._turn) for sampler in samplers]
+    slow = (HostReader(), FilesystemReader())
+
+    def read() -> None:
+        for sampler, turn in turns:
+            assert turn is not None
+            sampler.read_once(turn)
+
+    def read_slowly() -> None:
+        for one in slow:
+            one.read(slow=True)
 
     def read_and_collect() -> None:
-        sampler.read_once(turn)
+        read()
         reader.collect()
 
     def read_and_call_back() -> None:
-        sampler.read_once(turn)
+        read()
         call_back()
 
     def call_back() -> list[Any]:
-        stats = sampler.latest()
-        return [list(figure.observe(stats)) for figure in HOST]
+        host, filesystems = (sampler.latest() for sampler in samplers)
+        told = [list(figure.observe(host)) for figure in HOST]
+        return told + [list(figure.observe(filesystems)) for figure in FILESYSTEM]
 
     return {
         "ours": Subject(read_and_call_back),
         "ours, collected": Subject(read_and_collect),
-        "our reading": Subject(lambda: sampler.read_once(turn)),
-        "our slow reading": Subject(lambda: slow.read(slow=True)),
+        "our reading": Subject(read),
+        "our slow reading": Subject(read_slowly),
         "our callbacks": Subject(call_back),
         "our collect": Subject(reader.collect),
     }

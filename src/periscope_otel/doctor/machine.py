@@ -38,10 +38,9 @@ def host_findings() -> Iterator[Finding]:
     """Say what there is of the host."""
     stats = HostReader().read(slow=True)
     memory, limits = stats.memory, stats.container
-    told = (
-        f"{stats.cpu_count} CPUs, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB of "
-        "memory available"
-    )
+    told = f"{stats.cpu_count or 'unknown'} CPUs"
+    if memory is not None:
+        told += f", {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB of memory available"
     if limits.cpus is not None:
         told += f", at most {limits.cpus:g} CPUs for this container"
     if limits.memory is not None:

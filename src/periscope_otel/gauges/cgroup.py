@@ -8,7 +8,7 @@ on the way to the root counts.
 from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from periscope_otel.gauges.procfs import plain
 from periscope_otel.gauges.stats import ContainerLimits
@@ -22,6 +22,9 @@ _UNIFIED: Final = ""
 """What stands for version 2, in which one group has all controllers."""
 _UNLIMITED: Final = 2**62
 """Bytes from which on a limit of version 1 is none."""
+
+
+_Limit = TypeVar("_Limit", int, float)
 
 
 class _Mount(NamedTuple):
@@ -50,7 +53,7 @@ def limits(proc: Path = Path("/proc/self")) -> ContainerLimits:
     return ContainerLimits(_tightest(memory), _tightest(cpus))
 
 
-def _tightest(found: Iterable[float | None]) -> float | None:
+def _tightest(found: Iterable[_Limit | None]) -> _Limit | None:
     return min((one for one in found if one is not None), default=None)
 
 

@@ -1,8 +1,8 @@
 """The filesystems that are mounted, and how full they are.
 
-A network filesystem whose server is gone, or a disk that is, keeps whoever asks it waiting,
-perhaps for ever. So they are read apart from the other figures of the host, and one that did not
-answer is left out until it does.
+A network filesystem whose server is gone, or a disk that is, keeps whoever asks it waiting, perhaps
+for ever. So a thread of its own asks them, one after the other. It is left behind in one that does
+not answer, which is left out until it does; another thread goes on with the others.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import os
 import stat
 import sys
+import threading
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -20,18 +21,18 @@ from periscope_otel.gauges.labels import label
 from periscope_otel.gauges.stats import FilesystemStats
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 logger = logging.getLogger("periscope_otel")
 
 FILESYSTEMS: Final = "filesystems"
-"""The part of the sampler that reads them."""
+"""What the source of these figures is called."""
 
-MOST_HUNG: Final = 4
-"""Filesystems that keep a thread waiting for ever, after which no others are asked."""
+ANSWER_WAIT: Final = 1.0
+"""Seconds after which a filesystem that has not answered is left out."""
+MOST_HUNG: Final = 8
+"""Filesystems that keep a thread waiting each, after which no other one is asked."""
 
-_THE_LIST: Final = ""
-"""What is asked for before any of them: which there are."""
 _IMAGES: Final = frozenset({"squashfs", "iso9660", "erofs", "cramfs", "romfs"})
 """Filesystems that are always full: they are made so, and nobody can write to them."""
 _WELL_KNOWN: Final = {"vfat": "fat32", "ntfs3": "ntfs", "ntfs-3g": "ntfs"} | (
@@ -49,46 +50,36 @@ class Mount(Protocol):
     opts: str
 
 
-class _Look:
-    """One thread's look at all of them."""
-
-    def __init__(self) -> None:
-        self.asks: str | None = None
-        """The mount point that is to answer."""
-
-
 class FilesystemReader:
-    """Reads the filesystems; a part of the sampler.
+    """Reads the filesystems, for a sampler.
 
     Args:
         mounts: Returns what is mounted; called with whether what is no disk counts too.
+        answer_wait: Seconds that a filesystem has to answer in.
     """
 
     name = FILESYSTEMS
-    may_hang = True
 
-    def __init__(self, mounts: Callable[[bool], Sequence[Mount]] | None = None) -> None:
+    def __init__(
+        self,
+        mounts: Callable[[bool], Sequence[Mount]] | None = None,
+        answer_wait: float = ANSWER_WAIT,
+    ) -> None:
         # As for the host: not at the top, and not in the sampler's thread.
         psutil: Any = import_module("psutil")
         self._mounts = mounts or psutil.disk_partitions
+        self._answer_wait = answer_wait
         self._absences = Absences()
         self._begin()
 
     def _begin(self) -> None:
-        self._look: _Look | None = None
-        self._hung: set[str] = set()
         self._told: tuple[FilesystemStats, ...] | None = None
+        self._hung: dict[str, _Look] = {}
         self._choice = Choice[FilesystemStats]("filesystems", _size, gives_way=False)
 
-    @property
-    def goes_on(self) -> bool:
-        """Whether to read it again while a reading of it hangs: it leaves out what does."""
-        hangs = None if self._look is None else self._look.asks
-        return hangs != _THE_LIST and len(self._hung) < MOST_HUNG
-
     def left_behind(self) -> tuple[FilesystemStats, ...]:
-        """Return the others while one does not answer."""
-        return (self._told or ()) if self.goes_on else ()
+        """Tell nothing where not even the list of them can be had."""
+        return ()
 
     def close(self) -> None:
         """Do nothing: it holds nothing open."""
@@ -103,47 +94,12 @@ class FilesystemReader:
         Args:
             slow: Whether to ask them; else what they said last counts.
         """
-        left = self._leave_what_hangs()
-        if self._told is not None and not slow and not left:
-            return self._told
-        look = self._look = _Look()
-        return self._choose(tuple(self._ask_all(look)), look)
-
-    def _leave_what_hangs(self) -> bool:
-        """Leave out the filesystem in which another thread still waits."""
-        hangs = None if self._look is None else self._look.asks
-        if hangs is None:
-            return False
-        self._hung.add(hangs)
-        logger.warning(
-            "the filesystem at %s does not answer: it is left out until it does", label(hangs)
-        )
-        return True
-
-    def _choose(self, found: Sequence[FilesystemStats], look: _Look) -> tuple[FilesystemStats, ...]:
-        if look is not self._look:  # another thread went on in its place
-            return ()
-        by_name = {f"{one.device} {one.mountpoint}": one for one in found}
-        self._told = tuple(by_name[name] for name in self._choice.of(by_name, slow=True))
+        if self._told is None or slow:
+            self._told = self._choose(self._ask(self._mounted()))
         return self._told
 
-    def _ask_all(self, look: _Look) -> Iterator[FilesystemStats]:
-        """Return one filesystem a device, at the shortest of the folders where it is mounted."""
-        found = self._mounted(look)
-        self._hung.intersection_update([one.mountpoint for one in found])
-        devices: set[str] = set()
-        for mount in sorted(found, key=lambda one: len(one.mountpoint)):
-            if mount.device in devices or mount.mountpoint in self._hung:
-                continue
-            stats = self._ask(mount, look)
-            if look is not self._look:
-                return
-            if stats is not None:
-                devices.add(mount.device)
-                yield stats
-
-    def _mounted(self, look: _Look) -> list[Mount]:
-        look.asks = _THE_LIST
+    def _mounted(self) -> list[Mount]:
+        """Return what may be asked, the shortest mount points first."""
         try:
             found = [one for one in self._mounts(False) if one.fstype not in _IMAGES]
             if not any(one.mountpoint == "/" for one in found):
@@ -152,40 +108,100 @@ class FilesystemReader:
         except Exception as error:  # noqa: BLE001  (a platform fails in any way it likes)
             self._absences.say("filesystems", error)
             return []
-        finally:
-            look.asks = None
-        return found
+        points = {one.mountpoint for one in found}
+        self._hung = {
+            point: look
+            for point, look in self._hung.items()
+            if point in points and look.asks is not None
+        }
+        return sorted(found, key=lambda one: len(one.mountpoint))
 
-    def _ask(self, mount: Mount, look: _Look) -> FilesystemStats | None:
-        look.asks = mount.mountpoint
-        try:
-            return _filesystem(mount)
-        except (OSError, ValueError):
-            return None
-        finally:
-            look.asks = None
-            if look is not self._look:
-                self._hung.discard(mount.mountpoint)
+    def _ask(self, mounts: list[Mount]) -> dict[str, FilesystemStats]:
+        """Return those that answer, by device."""
+        found: dict[str, FilesystemStats] = {}
+        while len(self._hung) < MOST_HUNG:
+            waiting = [one for one in mounts if one.mountpoint not in self._hung]
+            look = _Look(waiting, found)
+            if look.is_through(self._answer_wait):
+                return found
+            self._leave(look)
+            found = dict(found)
+        self._absences.say_once("too many", f"{MOST_HUNG} filesystems do not answer: none is told")
+        return {}
+
+    def _leave(self, look: _Look) -> None:
+        if (point := look.asks) is not None:
+            self._hung[point] = look
+            logger.warning(
+                "the filesystem at %s does not answer: it is left out until it does", label(point)
+            )
+
+    def _choose(self, found: dict[str, FilesystemStats]) -> tuple[FilesystemStats, ...]:
+        by_name = {f"{one.device} {one.mountpoint}": one for one in found.values()}
+        return tuple(by_name[name] for name in self._choice.of(by_name, slow=True))
 
 
-def _filesystem(mount: Mount) -> FilesystemStats | None:
+class _Look:
+    """One thread's look at filesystems.
+
+    Args:
+        mounts: Which to ask.
+        found: Where to put one filesystem a device: the first of its mount points that is a folder.
+    """
+
+    def __init__(self, mounts: list[Mount], found: dict[str, FilesystemStats]) -> None:
+        self.asks: str | None = None
+        """The mount point that is to answer."""
+        self._mounts = mounts
+        self._found = found
+        self._answers = 0
+        self._is_left = False
+        self._step = threading.Semaphore(0)
+
+    def is_through(self, answer_wait: float) -> bool:
+        """Ask all of them; returns False as soon as one does not answer in time."""
+        threading.Thread(target=self._run, name="periscope-statvfs", daemon=True).start()
+        for _ in self._mounts:
+            if not self._step.acquire(timeout=answer_wait):
+                self._is_left = True
+                return False
+        return True
+
+    def _run(self) -> None:
+        for mount in self._mounts:
+            self.asks = mount.mountpoint
+            stats = None if mount.device in self._found else _answer(mount)
+            self.asks = None
+            if self._is_left:
+                return
+            if stats is not None:
+                self._found[mount.device] = stats
+            self._step.release()
+
+
+def _answer(mount: Mount) -> FilesystemStats | None:
+    """Return what a filesystem says; None if it is none, or fails."""
     point = mount.mountpoint
-    # Containers mount single files of the host's disk; they are no filesystems of their own.
-    if not stat.S_ISDIR(os.stat(point).st_mode):  # noqa: PTH116
+    try:
+        # Containers mount single files of the host's disk; they are no filesystems of their own.
+        if not stat.S_ISDIR(os.stat(point).st_mode):  # noqa: PTH116
+            return None
+        told = os.statvfs(point)
+    except (OSError, ValueError):
         return None
-    told = os.statvfs(point)
-    if not told.f_blocks:
-        return None
-    blocks = told.f_blocks
+    return _stats(mount, told) if told.f_blocks else None
+
+
+def _stats(mount: Mount, told: os.statvfs_result) -> FilesystemStats:
     # Some tell of more free blocks than there are: what is told adds up to the size all the same.
-    unused = min(max(told.f_bfree, 0), blocks)
+    unused = min(max(told.f_bfree, 0), told.f_blocks)
     free = min(max(told.f_bavail, 0), unused)
     return FilesystemStats(
         device=label(mount.device),
-        mountpoint=label(point),
+        mountpoint=label(mount.mountpoint),
         type=label(_WELL_KNOWN.get(mount.fstype, mount.fstype)),
         mode="ro" if "ro" in mount.opts.split(",") else "rw",
-        used=(blocks - unused) * told.f_frsize,
+        used=(told.f_blocks - unused) * told.f_frsize,
         free=free * told.f_frsize,
         reserved=(unused - free) * told.f_frsize,
     )

@@ -34,7 +34,7 @@ from periscope_otel.gauges.stats import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from periscope_otel.gauges.source import CpuTimes, Source
+    from periscope_otel.gauges.host_source import CpuTimes, HostSource
 
 SUPPORTED: Final = sys.platform != "win32"
 """Whether there are host figures on this platform."""
@@ -59,7 +59,7 @@ class _Slow(NamedTuple):
 
 
 class HostReader:
-    """Reads the host and this process; a part of the sampler.
+    """Reads the host and this process, for a sampler.
 
     Args:
         per_cpu: Whether to tell of each CPU by itself too.
@@ -72,14 +72,13 @@ class HostReader:
     """
 
     name = "host"
-    may_hang = False
 
     def __init__(
         self,
         *,
         per_cpu: bool = False,
         clock: Callable[[], float] = time.monotonic,
-        sources: Sequence[Source] | None = None,
+        sources: Sequence[HostSource] | None = None,
         classes: DeviceClasses | None = None,
     ) -> None:
         if not SUPPORTED:
@@ -152,7 +151,7 @@ class HostReader:
 
     # Each figure by itself.
 
-    def _ask(self, figure: str, question: Callable[[Source], _Told]) -> _Told | None:
+    def _ask(self, figure: str, question: Callable[[HostSource], _Told]) -> _Told | None:
         """Return what the first source says that can; None if none can."""
         failed: Exception | None = None
         for source in self._sources:
@@ -309,7 +308,7 @@ class _Devices(Generic[_Device]):
         )
 
 
-def _sources_of_platform(clock: Callable[[], float]) -> tuple[Source, ...]:
+def _sources_of_platform(clock: Callable[[], float]) -> tuple[HostSource, ...]:
     portable = PortableSource(clock)
     return (ProcfsSource(), portable) if sys.platform == "linux" else (portable,)
 

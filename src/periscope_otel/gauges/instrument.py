@@ -14,13 +14,23 @@ from weakref import WeakKeyDictionary
 from opentelemetry import metrics
 
 from periscope_otel import guard
+from periscope_otel.gauges.filesystems import FILESYSTEMS, FilesystemReader
 from periscope_otel.gauges.gpu import NOT_INSTALLED, GpuReader
-from periscope_otel.gauges.host import HostReader
+from periscope_otel.gauges.host import SUPPORTED, HostReader
 from periscope_otel.gauges.nvml import NvmlBackend
-from periscope_otel.gauges.observe import COUNTER, GAUGE, GPU, HOST, UP_DOWN_COUNTER, Figure
+from periscope_otel.gauges.observe import (
+    COUNTER,
+    FILESYSTEM,
+    GAUGE,
+    GPU,
+    HOST,
+    UP_DOWN_COUNTER,
+    Figure,
+)
 from periscope_otel.gauges.sampler import INTERVAL, STOP_WAIT, Sampler
 from periscope_otel.settings import GAUGE_GPU, GAUGE_HOST, GAUGE_PER_CPU, read_gauges
 from periscope_otel.telemetry import names
+from periscope_otel.telemetry.callbacks import contained
 from periscope_otel.telemetry.current import global_meter_provider, is_proxy
 from periscope_otel.version import __version__
 
@@ -33,7 +43,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("periscope_otel")
 
-_FIGURES = {GAUGE_HOST: HOST, GAUGE_GPU: GPU}
+_FIGURES = {GAUGE_HOST: HOST, FILESYSTEMS: FILESYSTEM, GAUGE_GPU: GPU}
+"""What is told of what each source says."""
+_GAUGE_OF = {GAUGE_HOST: GAUGE_HOST, FILESYSTEMS: GAUGE_HOST, GAUGE_GPU: GAUGE_GPU}
+"""By what name each source is asked for."""
 
 _CONTRIB = "opentelemetry.instrumentation.system_metrics"
 
@@ -45,11 +58,15 @@ class Gauges:
     """Gauges on one meter provider, until they are closed."""
 
     def __init__(self, instruments: _Instruments, chosen: frozenset[str], interval: float) -> None:
-        self.wanted = chosen & _FIGURES.keys()
+        self.wanted = chosen & {GAUGE_HOST, GAUGE_GPU}
         """`host` and `gpu`, as far as they were asked for."""
         self.per_cpu = GAUGE_PER_CPU in chosen
         self.interval = interval
         self._instruments = instruments
+
+    def wants(self, source: str) -> bool:
+        """Whether figures of this source were asked for."""
+        return _GAUGE_OF[source] in self.wanted
 
     def close(self) -> None:
         """Tell nothing more, and end what nobody else wants to be read."""
@@ -92,11 +109,14 @@ def instrument_gauges(
         raise ValueError(f"gauges={gauges!r}") from error
     if not 0.1 <= interval <= 86_400:
         raise ValueError(f"interval={interval!r}: expected seconds from 0.1 to 86400")
+    if not SUPPORTED and GAUGE_HOST in chosen:
+        chosen -= {GAUGE_HOST, GAUGE_PER_CPU}
+        logger.warning("host gauges stay off: they are for Linux and macOS, not for Windows")
     instruments = _state.instruments_on(None if is_proxy(meter_provider) else meter_provider)
     if instruments.are_disabled:
         return Gauges(instruments, frozenset(), interval)
     handle = Gauges(instruments, chosen, interval)
-    instruments.make(handle.wanted)
+    instruments.make(source for source in _FIGURES if handle.wants(source))
     instruments.users[handle] = _state.users[handle] = None
     try:
         _state.adapt()
@@ -117,14 +137,20 @@ def get_system_stats(timeout: float = 1.0) -> SystemStats | None:
         timeout: Seconds to wait at most for the first reading.
 
     Returns:
-        The figures, no older than three intervals; None if there are none.
+        The figures, no older than three intervals; None if there are none, as on Windows.
 
     Example:
         >>> stats = get_system_stats()
         >>> stats.memory.total > 0
         True
     """
-    return cast("SystemStats | None", _stats(GAUGE_HOST, timeout))
+    if not SUPPORTED:
+        return None
+    deadline = time.monotonic() + timeout
+    reading = _asked(FILESYSTEMS)  # these two at once
+    stats = cast("SystemStats | None", _asked(GAUGE_HOST).wait(timeout))
+    filesystems: Any = reading.wait(deadline - time.monotonic())
+    return None if stats is None else stats._replace(filesystems=filesystems or ())
 
 
 def get_gpu_stats(timeout: float = 1.0) -> GpuStats | None:
@@ -143,14 +169,15 @@ def get_gpu_stats(timeout: float = 1.0) -> GpuStats | None:
         >>> bool(stats.devices) or stats.problem is not None
         True
     """
-    return cast("GpuStats | None", _stats(GAUGE_GPU, timeout))
+    return cast("GpuStats | None", _asked(GAUGE_GPU).wait(timeout))
 
 
-def _stats(part: str, timeout: float) -> object | None:
-    _state.asked[part] = time.monotonic()
-    sampler = _state.sampler_of(part)
+def _asked(source: str) -> Sampler:
+    """Return a source's sampler, which reads on while somebody asks."""
+    _state.asked[source] = time.monotonic()
+    sampler = _state.sampler_of(source)
     sampler.start()
-    return sampler.wait(timeout)
+    return sampler
 
 
 class Condition(NamedTuple):
@@ -196,46 +223,41 @@ class _Instruments:
         """Whether whatever is told here goes nowhere (OTEL_SDK_DISABLED)."""
         return isinstance(self._meter, metrics.NoOpMeter)
 
-    def make(self, wanted: Iterable[str]) -> None:
-        """Make the instruments of these parts, as far as they are not made yet."""
+    def make(self, sources: Iterable[str]) -> None:
+        """Make the instruments of these sources, as far as they are not made yet."""
         with self._lock:
-            for part in wanted:
-                self._make_part(part)
+            for source in sources:
+                self._make_all(source)
 
-    def _make_part(self, part: str) -> None:
-        for figure in _FIGURES[part]:
+    def _make_all(self, source: str) -> None:
+        for figure in _FIGURES[source]:
             if figure.metric.name not in self._made:
-                self._make(part, figure)
+                self._make(source, figure)
                 self._made.add(figure.metric.name)
 
-    def _make(self, part: str, figure: Figure) -> None:
+    def _make(self, source: str, figure: Figure) -> None:
         create = {
             COUNTER: self._meter.create_observable_counter,
             UP_DOWN_COUNTER: self._meter.create_observable_up_down_counter,
             GAUGE: self._meter.create_observable_gauge,
         }[figure.kind]
         metric = figure.metric
-        create(metric.name, [self._callback(part, figure)], metric.unit, metric.description)
+        create(metric.name, [self._callback(source, figure)], metric.unit, metric.description)
 
     def _callback(
-        self, part: str, figure: Figure
+        self, source: str, figure: Figure
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        """Make an SDK callback: one that cannot raise, since that ends a whole collect."""
-
-        def callback(_options: CallbackOptions) -> Iterable[Observation]:
-            try:
-                users = [one for one in self._all_users() if part in one.wanted]
-                stats = _state.latest(part) if users else None
-                if stats is None:
-                    return ()
-                if part == GAUGE_HOST and not any(one.per_cpu for one in users):
-                    stats = cast("SystemStats", stats)._replace(cpus=())
-                return list(figure.observe(stats))
-            except Exception as error:  # noqa: BLE001
-                guard.report(f"observing {figure.metric.name}", error)
+        def observe() -> Iterable[Observation]:
+            users = [one for one in self._all_users() if one.wants(source)]
+            stats = _state.latest(source) if users else None
+            if stats is None:
                 return ()
+            if source == GAUGE_HOST and not any(one.per_cpu for one in users):
+                stats = stats._replace(cpus=())
+            return figure.observe(stats)
 
-        return callback
+        observe.__name__ = figure.metric.name  # by which it is reported where it fails
+        return contained(observe)
 
     def _all_users(self) -> tuple[Gauges, ...]:
         """Return whoever wants figures on this provider, also as the global one.
@@ -255,52 +277,51 @@ class _State:
         self._lock = threading.RLock()  # a signal handler may come in between
         self.users: dict[Gauges, None] = {}
         self.asked: dict[str, float] = {}
-        """When somebody has last asked for the stats of a part."""
+        """When somebody has last asked for what a source says."""
         self.samplers: dict[str, Sampler] = {}
         self.on_proxy: _Instruments | None = None
         self._instruments: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
         self._of_unkeyable: dict[int, tuple[MeterProvider, _Instruments]] = {}
         self._contrib_was_active = False
 
-    def sampler_of(self, part: str) -> Sampler:
-        """Return what reads a part; it is made once."""
-        known = self.samplers.get(part)
+    def sampler_of(self, source: str) -> Sampler:
+        """Return what reads a source; it is made once."""
+        known = self.samplers.get(source)
         if known is not None:
             return known
         # Not under the lock: pynvml and psutil are imported for it. In the caller's thread, since
         # a child that is forked in the middle of a thread's import waits for ever for its lock.
-        source = HostReader() if part == GAUGE_HOST else GpuReader(NvmlBackend())
-        sampler = Sampler(source, is_wanted=lambda: self._is_wanted(part))
+        sampler = Sampler(_make_source(source), is_wanted=lambda: self._is_wanted(source))
         with self._lock:
             if not self.samplers:
                 atexit.register(_at_exit)
-            return self.samplers.setdefault(part, sampler)
+            return self.samplers.setdefault(source, sampler)
 
     def adapt(self) -> None:
         """Read what is wanted, as often as it is wanted, and nothing else."""
-        for part in _FIGURES:
-            users = [one for one in tuple(self.users) if part in one.wanted]
+        for source in _FIGURES:
+            users = [one for one in tuple(self.users) if one.wants(source)]
             if users:
-                sampler = self.sampler_of(part)
+                sampler = self.sampler_of(source)
                 sampler.interval = min(one.interval for one in users)
                 if isinstance(sampler.source, HostReader):
                     sampler.source.per_cpu = any(one.per_cpu for one in users)
                 sampler.start()
-            elif (known := self.samplers.get(part)) is not None:
+            elif (known := self.samplers.get(source)) is not None:
                 known.interval = INTERVAL
-                if not self._is_wanted(part):
+                if not self._is_wanted(source):
                     known.stop()
 
-    def _is_wanted(self, part: str) -> bool:
-        asked = self.asked.get(part)
+    def _is_wanted(self, source: str) -> bool:
+        asked = self.asked.get(source)
         if asked is not None and time.monotonic() - asked < IDLE:
             return True
-        return any(part in one.wanted for one in tuple(self.users))
+        return any(one.wants(source) for one in tuple(self.users))
 
-    def latest(self, part: str) -> Any:
-        """Return what is to be told of a part now."""
-        sampler = self.samplers.get(part)
-        if sampler is None or (part == GAUGE_HOST and self.contrib_is_active()):
+    def latest(self, source: str) -> Any:
+        """Return what is to be told of a source now."""
+        sampler = self.samplers.get(source)
+        if sampler is None or (_GAUGE_OF[source] == GAUGE_HOST and self.contrib_is_active()):
             return None
         return sampler.latest()
 
@@ -364,6 +385,12 @@ def _instrumented_by_contrib() -> bool:
     # A class with one instance, which making would be the first of.
     instance = getattr(instrumentor, "_instance", None)
     return bool(getattr(instance, "is_instrumented_by_opentelemetry", False))
+
+
+def _make_source(source: str) -> HostReader | FilesystemReader | GpuReader:
+    if source == GAUGE_HOST:
+        return HostReader()
+    return FilesystemReader() if source == FILESYSTEMS else GpuReader(NvmlBackend())
 
 
 _state = _State()

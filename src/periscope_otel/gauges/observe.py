@@ -1,7 +1,8 @@
 """The metrics: which figure is which metric, of what kind, with which attributes.
 
 Names, units, kinds and attributes are those of the OpenTelemetry semantic conventions 1.44, and
-`periscope.*` for what these lack. A callback reads what was sampled last and nothing else.
+`periscope.*` for what these lack. Those that the conventions call opt-in are told like the others:
+whoever asks for these gauges has opted in. A callback reads what was sampled last and nothing else.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         FilesystemStats,
         GpuDeviceStats,
         GpuStats,
+        MemoryStats,
         SystemStats,
     )
     from periscope_otel.telemetry.names import Metric
@@ -49,13 +51,17 @@ def _one(value: float | None) -> Iterable[Observation]:
 # The host.
 
 
+def _cpus(stats: SystemStats) -> tuple[CpuStats, ...]:
+    return stats.cpus or (() if stats.cpu is None else (stats.cpu,))
+
+
 def _cpu_times(stats: SystemStats) -> Iterator[Observation]:
-    for cpu in stats.cpus or (stats.cpu,):
+    for cpu in _cpus(stats):
         yield from _of_cpu(cpu, cpu.times)
 
 
 def _cpu_utilization(stats: SystemStats) -> Iterator[Observation]:
-    for cpu in stats.cpus or (stats.cpu,):
+    for cpu in _cpus(stats):
         yield from _of_cpu(cpu, cpu.utilization or {})
 
 
@@ -67,8 +73,7 @@ def _of_cpu(cpu: CpuStats, values: Mapping[str, float]) -> Iterator[Observation]
         yield Observation(value, {names.CPU_MODE: mode, names.CPU_NUMBER: cpu.number})
 
 
-def _memory_states(stats: SystemStats) -> dict[str, int]:
-    memory = stats.memory
+def _memory_states(memory: MemoryStats) -> dict[str, int]:
     states = {
         "used": memory.used,
         "free": memory.free,
@@ -78,13 +83,26 @@ def _memory_states(stats: SystemStats) -> dict[str, int]:
     return {state: value for state, value in states.items() if value is not None}
 
 
+def _memory_usage(stats: SystemStats) -> Iterator[Observation]:
+    return _by(names.MEMORY_STATE, None if stats.memory is None else _memory_states(stats.memory))
+
+
 def _memory_utilization(stats: SystemStats) -> Iterator[Observation]:
-    shares = {
-        state: value / stats.memory.total
-        for state, value in _memory_states(stats).items()
-        if stats.memory.total
-    }
-    return _by(names.MEMORY_STATE, shares)
+    memory = stats.memory
+    if memory is None or not memory.total:
+        return
+    for state, value in _memory_states(memory).items():
+        yield Observation(value / memory.total, {names.MEMORY_STATE: state})
+
+
+def _memory_limit(stats: SystemStats) -> Iterable[Observation]:
+    return _one(None if stats.memory is None else stats.memory.total)
+
+
+def _memory_available(stats: SystemStats) -> Iterable[Observation]:
+    if stats.memory is None or sys.platform != "linux":
+        return ()
+    return _one(stats.memory.available)
 
 
 def _disk_io(stats: SystemStats) -> Iterator[Observation]:
@@ -102,20 +120,20 @@ def _both_ways(device: str, read: int, written: int) -> Iterator[Observation]:
         yield Observation(value, {names.DEVICE: device, names.DISK_DIRECTION: direction})
 
 
-def _filesystem_usage(stats: SystemStats) -> Iterator[Observation]:
-    for one in stats.filesystems:
-        yield from _of_filesystem(one, 1)
+def _filesystem_usage(told: Iterable[FilesystemStats]) -> Iterator[Observation]:
+    for one in told:
+        yield from _of_filesystem(one)
 
 
-def _filesystem_utilization(stats: SystemStats) -> Iterator[Observation]:
-    for one in stats.filesystems:
+def _filesystem_utilization(told: Iterable[FilesystemStats]) -> Iterator[Observation]:
+    for one in told:
         yield from _of_filesystem(one, one.used + one.free + one.reserved)
 
 
-def _of_filesystem(one: FilesystemStats, whole: int) -> Iterator[Observation]:
+def _of_filesystem(one: FilesystemStats, whole: int | None = None) -> Iterator[Observation]:
     for state, value in (("used", one.used), ("free", one.free), ("reserved", one.reserved)):
         yield Observation(
-            value if whole == 1 else value / whole,
+            value if whole is None else value / whole,
             {
                 names.DEVICE: one.device,
                 names.FILESYSTEM_MOUNTPOINT: one.mountpoint,
@@ -130,8 +148,13 @@ def _network(received: str, transmitted: str) -> Callable[[SystemStats], Iterato
     def observe(stats: SystemStats) -> Iterator[Observation]:
         for one in stats.networks:
             for direction, field in (("receive", received), ("transmit", transmitted)):
-                attributes = {names.INTERFACE: one.interface, names.NETWORK_DIRECTION: direction}
-                yield Observation(getattr(one, field), attributes)
+                value = getattr(one, field)
+                if value is not None:
+                    attributes = {
+                        names.INTERFACE: one.interface,
+                        names.NETWORK_DIRECTION: direction,
+                    }
+                    yield Observation(value, attributes)
 
     return observe
 
@@ -142,7 +165,10 @@ def _load(stats: SystemStats) -> Iterator[Observation]:
 
 
 def _paging(stats: SystemStats) -> Iterator[Observation]:
-    return _by(names.PAGING_STATE, stats.paging and stats.paging._asdict())
+    for one in stats.paging:
+        device = {} if one.device is None else {names.DEVICE: one.device}
+        for state, value in (("used", one.used), ("free", one.free)):
+            yield Observation(value, {**device, names.PAGING_STATE: state})
 
 
 HOST: tuple[Figure, ...] = (
@@ -152,20 +178,14 @@ HOST: tuple[Figure, ...] = (
     Figure(
         names.SYSTEM_MEMORY_USAGE,
         UP_DOWN_COUNTER,
-        lambda stats: _by(names.MEMORY_STATE, _memory_states(stats)),
+        _memory_usage,
     ),
     Figure(names.SYSTEM_MEMORY_UTILIZATION, GAUGE, _memory_utilization),
-    Figure(names.SYSTEM_MEMORY_LIMIT, UP_DOWN_COUNTER, lambda stats: _one(stats.memory.total)),
-    Figure(
-        names.SYSTEM_MEMORY_AVAILABLE,
-        UP_DOWN_COUNTER,
-        lambda stats: _one(stats.memory.available if sys.platform == "linux" else None),
-    ),
+    Figure(names.SYSTEM_MEMORY_LIMIT, UP_DOWN_COUNTER, _memory_limit),
+    Figure(names.SYSTEM_MEMORY_AVAILABLE, UP_DOWN_COUNTER, _memory_available),
     Figure(names.SYSTEM_PAGING_USAGE, UP_DOWN_COUNTER, _paging),
     Figure(names.SYSTEM_DISK_IO, COUNTER, _disk_io),
     Figure(names.SYSTEM_DISK_OPERATIONS, COUNTER, _disk_operations),
-    Figure(names.SYSTEM_FILESYSTEM_USAGE, UP_DOWN_COUNTER, _filesystem_usage),
-    Figure(names.SYSTEM_FILESYSTEM_UTILIZATION, GAUGE, _filesystem_utilization),
     Figure(names.SYSTEM_NETWORK_IO, COUNTER, _network("received_bytes", "transmitted_bytes")),
     Figure(names.SYSTEM_NETWORK_ERRORS, COUNTER, _network("receive_errors", "transmit_errors")),
     Figure(names.SYSTEM_NETWORK_DROPPED, COUNTER, _network("receive_dropped", "transmit_dropped")),
@@ -217,6 +237,12 @@ HOST: tuple[Figure, ...] = (
     Figure(names.PROCESS_UPTIME, GAUGE, lambda stats: _one(stats.process.uptime)),
 )
 """What is told of the host and this process."""
+
+FILESYSTEM: tuple[Figure, ...] = (
+    Figure(names.SYSTEM_FILESYSTEM_USAGE, UP_DOWN_COUNTER, _filesystem_usage),
+    Figure(names.SYSTEM_FILESYSTEM_UTILIZATION, GAUGE, _filesystem_utilization),
+)
+"""What is told of filesystems, which are read by themselves."""
 
 
 # GPUs.

@@ -8,7 +8,7 @@ import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Final
 
-from periscope_otel.gauges.source import CpuTimes, ProcessSize, ProcessUsage
+from periscope_otel.gauges.host_source import CpuTimes, ProcessSize, ProcessUsage
 from periscope_otel.gauges.stats import DiskStats, MemoryStats, NetworkStats, PagingStats
 
 if TYPE_CHECKING:
@@ -114,9 +114,10 @@ class PortableSource:
     def uptime(self) -> float:
         """Return the seconds since the system was started, by the monotonic clock."""
         now = self._clock()
-        if self._booted is None:
-            self._booted = now - (time.time() - self._psutil.boot_time())
-        return now - self._booted
+        booted = self._booted
+        if booted is None:
+            booted = self._booted = now - (time.time() - self._psutil.boot_time())
+        return now - booted
 
     # This process.
 

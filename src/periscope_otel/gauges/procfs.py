@@ -13,7 +13,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Final
 
-from periscope_otel.gauges.source import CpuTimes, ProcessSize, ProcessUsage
+from periscope_otel.gauges.host_source import CpuTimes, ProcessSize, ProcessUsage
 from periscope_otel.gauges.stats import DiskStats, MemoryStats, NetworkStats, PagingStats
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ProcfsSource:
     def __init__(self, proc: str = "/proc", since_boot: Callable[[], float] | None = None) -> None:
         self._proc = proc
         self._since_boot = since_boot or _since_boot
-        self._tick = 1.0 / os.sysconf("SC_CLK_TCK")
+        self._ticks = os.sysconf("SC_CLK_TCK")
         self._page = os.sysconf("SC_PAGE_SIZE")
 
     # The host.
@@ -65,15 +65,15 @@ class ProcfsSource:
         if name is not None and fields[0] != name:
             raise ValueError(f"/proc/stat begins with {fields[0]!r}")
         user, nice, system, idle, iowait, irq, softirq, steal = map(int, fields[1:9])
-        tick = self._tick
+        ticks = self._ticks
         return {
-            "user": user * tick,  # guests included
-            "nice": nice * tick,
-            "system": system * tick,
-            "idle": idle * tick,
-            "iowait": iowait * tick,
-            "interrupt": (irq + softirq) * tick,
-            "steal": steal * tick,
+            "user": user / ticks,  # guests included
+            "nice": nice / ticks,
+            "system": system / ticks,
+            "idle": idle / ticks,
+            "iowait": iowait / ticks,
+            "interrupt": (irq + softirq) / ticks,
+            "steal": steal / ticks,
         }
 
     def memory(self) -> MemoryStats:
@@ -155,7 +155,7 @@ class ProcfsSource:
             memory=int(fields[21]) * self._page,
             virtual_memory=int(fields[20]),
             threads=int(fields[17]),
-            uptime=max(0.0, self._since_boot() - int(fields[19]) * self._tick),
+            uptime=max(0.0, self._since_boot() - int(fields[19]) / self._ticks),
         )
 
     def process_usage(self) -> ProcessUsage:

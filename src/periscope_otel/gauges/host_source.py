@@ -44,7 +44,7 @@ class ProcessUsage(NamedTuple):
     """`minor` and `major`."""
 
 
-class Source(Protocol):
+class HostSource(Protocol):
     """Answers each question by itself: any of these may raise whatever it likes."""
 
     def cpu_count(self) -> int:
