@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from opentelemetry.metrics import Observation
 from opentelemetry.sdk.metrics import Counter, MeterProvider
@@ -14,9 +18,12 @@ from opentelemetry.sdk.metrics.export import (
 )
 
 from periscope_otel.telemetry import names
-from periscope_otel.telemetry.start_times import StartTimes
+from periscope_otel.telemetry.ages import process_age, system_age
+from periscope_otel.telemetry.start_times import COUNTED_BY_SYSTEM, StartTimes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from opentelemetry.metrics import Meter
 
 IT = "threat.ingest.it"
@@ -107,6 +114,62 @@ def test_what_the_system_has_counted_keeps_its_start() -> None:
     collects = Collects()
     collects.meter.create_observable_counter("system.cpu.time", [lambda _: [Observation(10**6)]])
     assert collects.next()["system.cpu.time",].start_time_unix_nano > BEGAN
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_what_the_system_counts_began_with_it() -> None:
+    """Counters of the host began when it was started, those of the process with the process."""
+    collects = Collects()
+    for name in ("system.cpu.time", "process.cpu.time"):
+        collects.meter.create_observable_counter(name, [lambda _: [Observation(10**6)]])
+    first, second = collects.next(), collects.next()
+    began = {
+        "system.cpu.time": psutil.boot_time(),
+        "process.cpu.time": psutil.Process().create_time(),
+    }
+    for name, seconds in began.items():
+        assert first[name,].start_time_unix_nano / 1e9 == pytest.approx(seconds, abs=2.0)
+        assert first[name,].start_time_unix_nano == second[name,].start_time_unix_nano
+
+
+def test_differences_of_what_the_system_counts_are_left_alone() -> None:
+    """A difference began where the SDK says; so did a counter that is no counter of the host's."""
+    collects = Collects(AggregationTemporality.DELTA)
+    collects.meter.create_counter("system.delta").add(5)
+    collects.meter.create_observable_counter("hw.energy", [lambda _: [Observation(5)]])
+    now = time.time()
+    for point in collects.next().values():
+        assert point.start_time_unix_nano / 1e9 == pytest.approx(now, abs=10.0)
+
+
+def test_what_has_no_known_beginning_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the platform does not tell when it was started, the start is the SDK's."""
+    monkeypatch.setitem(COUNTED_BY_SYSTEM, "system.", lambda: None)
+    collects = Collects()
+    collects.meter.create_observable_counter("system.cpu.time", [lambda _: [Observation(5)]])
+    now = time.time()
+    (point,) = collects.next().values()
+    assert point.start_time_unix_nano / 1e9 == pytest.approx(now, abs=10.0)
+
+
+def test_ages_without_a_proc_are_none(tmp_path: Path) -> None:
+    """A process whose /proc is hidden, or says nothing of use, has no known age."""
+    assert process_age(tmp_path) is None
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/stat").write_text("1 (cat) S 1 2")
+    assert process_age(tmp_path) is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_the_name_of_a_program_may_be_anything(tmp_path: Path) -> None:
+    """Blanks and parentheses in the name of the program do not hide when it was started."""
+    (tmp_path / "self").mkdir()
+    fields = " ".join(str(number) for number in range(4, 40)).replace(" 22 ", " 500 ")
+    (tmp_path / "self/stat").write_text(f"7 (a) (b 1 2 3) S {fields}")
+    system = system_age()
+    assert system is not None
+    expected = system - 500 / os.sysconf("SC_CLK_TCK")
+    assert process_age(tmp_path) == pytest.approx(expected, abs=2.0)
 
 
 def test_an_empty_collect_is_none_that_a_series_was_missing_from() -> None:

@@ -25,7 +25,7 @@ class Absences:
         if isinstance(error, (AttributeError, NotImplementedError)):
             return
         why = f"{type(error).__name__}: {clean_name(error)}"
-        self.say_once(figure, f"{figure} cannot be read, and is absent while that is so ({why})")
+        self.say_once(figure, f"{figure}: cannot be read, and absent while that is so ({why})")
 
     def say_once(self, figure: str, line: str) -> None:
         """Log this line about a figure, unless one was."""

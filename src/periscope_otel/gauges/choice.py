@@ -88,9 +88,10 @@ class Choice(Generic[_Device]):
         if len(found) <= MOST_AT_ONCE:
             self._sizes, self._growth, self._idle = {}, {}, {}
             return
-        sizes = {name: self._size(device) for name, device in found.items()}
-        before = self._sizes or sizes
+        before, sizes = self._sizes, {name: self._size(one) for name, one in found.items()}
         self._sizes = sizes
+        if not before:
+            return
         self._growth = {
             name: abs(size - before[name])
             for name, size in sizes.items()

@@ -4,8 +4,9 @@ The SDK lets a series begin when it is first measured, and an observable counter
 collected. What a job did that exports once, at its end, has then begun at that very moment, and a
 backend that looks at how much a counter has grown finds nothing. What is counted here from nothing
 was 0 for as long as a collect did not find it, so that is where it begins: a true start, as
-OpenTelemetry's data model (Metrics Data Model, "Resets and Gaps") wants it. Counters of others, and
-those that only pass on what the system has counted since it was started, keep the start they have.
+OpenTelemetry's data model (Metrics Data Model, "Resets and Gaps") wants it. What only passes on
+what the system counts began with the system, or with the process. Counters of others keep the start
+they have, and so do differences: the first of those is all that was counted before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from opentelemetry.sdk.metrics.export import AggregationTemporality, MetricsData
 
 from periscope_otel.telemetry import names
+from periscope_otel.telemetry.ages import process_age, system_age
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 COUNTED_HERE = ("threat.", "circuit_breaker.", "dead_letter.", "periscope.")
 """What the names of the metrics begin with that this package counts from nothing."""
+
+COUNTED_BY_SYSTEM: dict[str, Callable[[], float | None]] = {
+    "system.": system_age,
+    "process.": process_age,
+}
+"""What those begin with that the system counts, and for how many seconds it has."""
 
 
 class StartTimes:
@@ -37,6 +45,8 @@ class StartTimes:
 
     def __init__(self, clock: Callable[[], int] = time.time_ns) -> None:
         self._last_collect = clock()
+        self._origins: dict[str, int] = {}
+        """When the system, and the process, began: once and for all, since clocks are set."""
         self._starts: dict[int, int] = {}
         """The true start for each start that the SDK gave; no more than there are series."""
 
@@ -60,20 +70,31 @@ class StartTimes:
         data: Any = metric.data
         temporality = getattr(data, "aggregation_temporality", None)  # a gauge has none
         only_grows = getattr(data, "is_monotonic", True)  # a histogram does
-        if (
-            temporality is not AggregationTemporality.CUMULATIVE
-            or not only_grows
-            or not metric.name.startswith(COUNTED_HERE)
-        ):
+        if temporality is not AggregationTemporality.CUMULATIVE or not only_grows:
+            return metric
+        start_of = self._start_in(metric.name)
+        if start_of is None:
             return metric
         points = [
-            replace(point, start_time_unix_nano=self._start_of(point)) for point in data.data_points
+            replace(point, start_time_unix_nano=start_of(point.start_time_unix_nano))
+            for point in data.data_points
         ]
         return replace(metric, data=replace(data, data_points=points))
 
-    def _start_of(self, point: Any) -> int:
-        given: int = point.start_time_unix_nano
-        return self._starts.setdefault(given, min(given, self._last_collect))
+    def _start_in(self, name: str) -> Callable[[int], int] | None:
+        """Return what makes a true start of one that the SDK gave; None if that is to stand."""
+        if name.startswith(COUNTED_HERE):
+            return lambda given: self._starts.setdefault(given, min(given, self._last_collect))
+        prefix = name[: name.find(".") + 1]
+        if prefix not in COUNTED_BY_SYSTEM:
+            return None
+        origin = self._origins.get(prefix)
+        if origin is None:
+            age = COUNTED_BY_SYSTEM[prefix]()
+            if age is None:
+                return None
+            origin = self._origins[prefix] = time.time_ns() - round(age * 1e9)
+        return lambda given: min(given, origin)
 
 
 def _latest_in(metrics: Sequence[Metric]) -> int:
