@@ -12,7 +12,7 @@ from nvml import FIRST, PARTS, SECOND, compile_stub, ends_well
 from processes import otlp, running
 from prometheus_client.parser import text_string_to_metric_families
 
-from periscope_otel.gauges.observe import GPU, HOST
+from periscope_otel.gauges.observe import FILESYSTEM, GPU, HOST
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,6 +96,7 @@ SELDOM = {
     "system.disk.operations",
     "system.filesystem.usage",
     "system.filesystem.utilization",
+    "system.paging.usage",
     "system.network.io",
     "system.network.errors",
     "system.network.packet.dropped",
@@ -108,10 +109,10 @@ SELDOM = {
 def test_everything_arrives_as_what_it_is(collector, library):
     """Every figure arrives at a Collector with its name, kind and unit; none was left out."""
     with gauges(collector, library, gauges=True) as program:
-        program.ask("readings", 3)
+        program.ask("readings", 10)  # a utilisation wants half a second
         program.ask("flush")
     sent = kinds(collector)
-    for figure in (*HOST, *GPU):
+    for figure in (*HOST, *FILESYSTEM, *GPU):
         metric = figure.metric
         if metric.name not in SELDOM or metric.name in sent:
             assert sent[metric.name] == (*SENT_AS[figure.kind], metric.unit), metric.name
@@ -176,7 +177,7 @@ def scrape(port: int) -> dict[str, list[Any]]:
 def test_prometheus_text(library):
     """The Prometheus page has each GPU and the host, with names and units as Prometheus's."""
     with gauges(None, library, gauges=True, prometheus="127.0.0.1:0") as program:
-        program.ask("readings", 2)
+        program.ask("readings", 10)
         samples = scrape(program.port)
     power = {one.labels["hw_id"]: one.value for one in samples["hw_power_watts"]}
     assert power == {FIRST: 97.419, SECOND: 696.581}

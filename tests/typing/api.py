@@ -368,7 +368,7 @@ def use_gauges() -> None:
     periscope.instrument_gauges(gauges=7)  # type: ignore[arg-type]
     system = get_system_stats()
     assert_type(system, SystemStats | None)
-    if system is not None:
+    if system is not None and system.memory is not None:
         assert_type(system.memory.available, int)
     gpu = get_gpu_stats(timeout=2)
     assert_type(gpu, GpuStats | None)

@@ -20,8 +20,10 @@ import periscope_otel as periscope
 from periscope_otel import guard
 from periscope_otel.gauges import Gauges, get_gpu_stats, get_system_stats, instrument_gauges
 from periscope_otel.gauges import instrument as instrument_module
+from periscope_otel.gauges.filesystems import FilesystemReader
 from periscope_otel.gauges.instrument import _state
 from periscope_otel.gauges.observe import HOST, Figure
+from periscope_otel.gauges.sampler import Sampler
 from periscope_otel.telemetry import names
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ def switch_on() -> Iterator[Callable[..., Gauges]]:
             instrument_gauges(meter_provider=provided.provider, **{"gauges": {"host"}, **more})
         )
         if "gpu" not in made[-1].wanted:
-            _state.samplers["host"].wait(10)
+            for source in ("host", "filesystems"):
+                assert _state.samplers[source].wait(10) is not None
         return made[-1]
 
     yield switch
@@ -364,8 +367,54 @@ def test_stale_figures_are_absent(provide, switch_on, monkeypatch):
     switch_on(provided, interval=3600.0)
     assert provided.points()
     now = time.monotonic()
-    monkeypatch.setattr(_state.samplers["host"], "_clock", lambda: now + 3 * 3600 + 10)
+    for sampler in _state.samplers.values():
+        monkeypatch.setattr(sampler, "_clock", lambda: now + 3 * 3600 + 10)
     assert provided.points() == {}
+
+
+def test_a_filesystem_that_does_not_answer_costs_no_host_figure(provide, switch_on, monkeypatch):
+    """While one keeps its thread waiting, the host and the other filesystems are told."""
+    asked, back, real = threading.Event(), threading.Event(), os.statvfs
+
+    def statvfs(point: Any) -> Any:
+        if point == "/":
+            asked.set()
+            assert back.wait(60)
+        return real(point)
+
+    monkeypatch.setattr(os, "statvfs", statvfs)
+    provided = provide()
+    source = FilesystemReader(answer_wait=0.05)
+    monkeypatch.setitem(_state.samplers, "filesystems", Sampler(source))
+    try:
+        switch_on(provided)
+        assert asked.wait(10)
+        wait_until(lambda: _state.latest("filesystems") is not None)
+        points = provided.points()
+        assert points["system.memory.limit"]
+        told = {
+            one.attributes["system.filesystem.mountpoint"]
+            for one in points.get("system.filesystem.usage", ())
+        }
+        assert "/" not in told
+    finally:
+        back.set()
+        assert _state.samplers["filesystems"].stop(10)
+    look = source._hung["/"]
+    wait_until(lambda: look.asks is None)
+
+
+def test_where_there_are_no_host_figures_they_are_off(provide, monkeypatch, caplog):
+    """On Windows host gauges are off, and one line says for what platforms they are."""
+    monkeypatch.setattr(instrument_module, "SUPPORTED", False)
+    provided = provide()
+    gauges = instrument_gauges(meter_provider=provided.provider, gauges={"host", "per_cpu"})
+    assert gauges.wanted == frozenset()
+    assert provided.points() == {}
+    assert get_system_stats() is None
+    assert len(caplog.messages) == 1
+    assert "not for Windows" in caplog.messages[0]
+    gauges.close()
 
 
 @pytest.fixture
@@ -408,6 +457,7 @@ def test_stats_without_gauges():
     """The stats are there for whoever asks, without any metric, and are typed."""
     stats = get_system_stats(10)
     assert stats.process.pid == os.getpid()
+    assert "/" in {one.mountpoint for one in stats.filesystems}
     assert stats.memory.total >= stats.memory.used > 0
     gpu = get_gpu_stats(10)
     assert gpu.devices or gpu.problem.remedy

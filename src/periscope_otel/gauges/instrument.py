@@ -141,7 +141,7 @@ def get_system_stats(timeout: float = 1.0) -> SystemStats | None:
 
     Example:
         >>> stats = get_system_stats()
-        >>> stats.memory.total > 0
+        >>> stats.process.pid > 0
         True
     """
     if not SUPPORTED:
