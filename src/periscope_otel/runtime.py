@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
     from periscope_otel.dead_letter.loss import OnLost
     from periscope_otel.dead_letter.queue import DeadLetterQueue
+    from periscope_otel.doctor import Diagnosis
+    from periscope_otel.doctor.program import Program
     from periscope_otel.gauges import Gauges
     from periscope_otel.resilience.policy import BreakerPolicy
     from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
@@ -188,17 +190,49 @@ class Runtime:
         ]
         return ExportReport(tuple(signals), in_time)
 
+    def examine(self, timeout: float = 3.0) -> Diagnosis:
+        """Say what is well and what is not: settings, providers, servers, devices, losses.
+
+        Args:
+            timeout: Seconds that each server has to answer; the whole takes a few times that.
+
+        Example:
+            >>> for finding in runtime.examine().broken:
+            ...     print(finding.message, finding.remedy)
+        """
+        from periscope_otel.doctor import examine
+        from periscope_otel.doctor.program import program_findings
+
+        return examine(self.settings, inside=program_findings(self._program()), timeout=timeout)
+
     # Wiring.
 
     def _serve(self, host: str, port: int) -> None:
+        from periscope_otel.doctor.program import PAGE, ProgramPage, program_findings
         from periscope_otel.server import Page, Server
 
         self._page = page = PrometheusPage()
+        inside = ProgramPage(lambda: program_findings(self._program()))
         pages: dict[str, Callable[[str], Page]] = {
             "/metrics": lambda accept: Page(*page.render(accept)),
             "/health": lambda _accept: Page(b"ok\n", "text/plain"),
+            PAGE: lambda _accept: Page(inside.render(), "application/json"),
         }
-        self.server = Server(host, port, pages)
+        self.server = Server(host, port, pages, local=[PAGE])
+
+    def _program(self) -> Program:
+        from periscope_otel.doctor.program import Program
+
+        return Program(
+            self.tracer_provider,
+            self.meter_provider,
+            builds_spans=bool(self._processors),
+            builds_metrics=self._owns_meter_provider,
+            drives_breakers=self._breaker_spans is not None,
+            report=self.report(),
+            instruments=self.telemetry.instruments,
+            label_limit=self.settings.label_limit,
+        )
 
     def _use_dead_letters(self, on_lost: OnLost | None) -> None:
         settings = self.settings
@@ -317,7 +351,9 @@ class Runtime:
         before = self._gauges
         with guard.contained("gauges"):
             self._gauges = instrument_gauges(
-                meter_provider=self.meter_provider, gauges=self.settings.gauges
+                meter_provider=self.meter_provider,
+                gauges=self.settings.gauges,
+                interval=self.settings.gauges_interval,
             )
         if before is not None:
             before.close()
@@ -491,6 +527,7 @@ def configure(
     record_client_spans: bool | None = None,
     on_lost: OnLost | None = None,
     gauges: bool | Iterable[str] | None = None,
+    gauges_interval: float | None = None,
 ) -> Runtime:
     """Set everything up, once for the process. Every argument is optional.
 
@@ -529,6 +566,7 @@ def configure(
         on_lost: Called with each dead letter that could not be kept, and why.
         gauges: True for host and GPU figures, or some of `host`, `gpu` and `per_cpu`; off by
             default.
+        gauges_interval: Seconds between two readings of these; 5.
 
     Returns:
         The runtime. A second call returns the same one, and warns of arguments that differ.
@@ -563,6 +601,7 @@ def configure(
             "breaker_spans": breaker_spans,
             "record_client_spans": record_client_spans,
             "gauges": gauges,
+            "gauges_interval": gauges_interval,
         }
     )
     for pattern, policy in (breakers or {}).items():

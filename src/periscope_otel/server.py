@@ -6,12 +6,13 @@ import socket
 import socketserver
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from periscope_otel import guard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
 MOST_CLIENTS = 64
 """Clients answered at the same time; further ones are hung up on."""
@@ -35,14 +36,23 @@ class Server:
         host: The address to listen on.
         port: The port; 0 picks a free one.
         pages: A function for each path, called with the request's Accept header.
+        local: Paths that only this machine is answered.
 
     Raises:
         OSError: If the address cannot be listened on.
     """
 
-    def __init__(self, host: str, port: int, pages: Mapping[str, Callable[[str], Page]]) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        pages: Mapping[str, Callable[[str], Page]],
+        *,
+        local: Collection[str] = (),
+    ) -> None:
+        handler = _handler_for(dict(pages), frozenset(local))
         try:
-            self._server = _server_class(host)((host, port), _handler_for(dict(pages)))
+            self._server = _server_class(host)((host, port), handler)
         except OSError as error:
             raise OSError(error.errno, f"cannot listen on {host} port {port}: {error}") from None
         self.host = host
@@ -102,7 +112,16 @@ def _server_class(host: str) -> type[_HTTPServer]:
     return _HTTPServer6 if ":" in host else _HTTPServer
 
 
-def _handler_for(pages: Mapping[str, Callable[[str], Page]]) -> type[BaseHTTPRequestHandler]:
+def _is_local(address: str) -> bool:
+    """Whether a client is on this machine."""
+    found = ip_address(address.partition("%")[0])
+    mapped = getattr(found, "ipv4_mapped", None)
+    return (mapped or found).is_loopback
+
+
+def _handler_for(
+    pages: Mapping[str, Callable[[str], Page]], local: frozenset[str]
+) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         timeout = REQUEST_TIMEOUT
         server_version = "periscope-otel"
@@ -115,8 +134,9 @@ def _handler_for(pages: Mapping[str, Callable[[str], Page]]) -> type[BaseHTTPReq
             self._answer(with_body=False)
 
         def _answer(self, *, with_body: bool) -> None:
-            make = pages.get(self.path.partition("?")[0])
-            if make is None:
+            path = self.path.partition("?")[0]
+            make = pages.get(path)
+            if make is None or (path in local and not _is_local(self.client_address[0])):
                 page = Page(b"not found\n", "text/plain; charset=utf-8", 404)
             else:
                 page = make(self.headers.get("Accept", ""))

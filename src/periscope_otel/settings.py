@@ -14,7 +14,7 @@ from periscope_otel import guard
 from periscope_otel.redaction import redact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 PREFIX = "PERISCOPE_"
 DEFAULT_PROMETHEUS = "127.0.0.1:9464"
@@ -74,6 +74,7 @@ class Settings(NamedTuple):
     breaker_spans: bool | None
     record_client_spans: bool
     gauges: tuple[str, ...]
+    gauges_interval: float
 
 
 def _text(value: Any) -> str | None:
@@ -151,7 +152,12 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(text for text in map(_text, texts) if text)
 
 
-def _address(value: Any) -> Address | None:
+def read_address(value: Any) -> Address | None:
+    """Return where to listen: True is the usual address, a text is `host:port`.
+
+    Raises:
+        ValueError: If it is neither.
+    """
     if value is True or (isinstance(value, str) and value.strip().lower() in _TRUE):
         value = DEFAULT_PROMETHEUS
     if value is False or (isinstance(value, str) and value.strip().lower() in _FALSE):
@@ -205,7 +211,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "prometheus",
         None,
-        _address,
+        read_address,
         "true, false or an address such as 127.0.0.1:9464",
         "Where `/metrics` listens; `true` is 127.0.0.1:9464. Off by default.",
     ),
@@ -311,6 +317,13 @@ SETTINGS: tuple[Setting, ...] = (
         "true, false or some of host, gpu and per_cpu",
         "Host and GPU figures; `true` is host and gpu. Off by default.",
     ),
+    Setting(
+        "gauges_interval",
+        5.0,
+        _seconds(0.1, 86_400.0),
+        "seconds from 0.1 to 86400",
+        "Time between two readings of host and GPU figures.",
+    ),
 )
 
 
@@ -351,17 +364,39 @@ def _read(setting: Setting, source: str, value: Any) -> Any:
         raise SettingsError(f"{source}={shown}: expected {setting.expected}") from None
 
 
-def _warn_of_unknown(environment: Mapping[str, str]) -> None:
+def read_environment(environment: Mapping[str, str]) -> tuple[Settings, list[SettingsError]]:
+    """Return what an environment says, and each variable of it that cannot be read.
+
+    Args:
+        environment: Variables; those that cannot be read count as not set.
+    """
+    values: dict[str, Any] = {}
+    unreadable: list[SettingsError] = []
+    for one in SETTINGS:
+        try:
+            values[one.name] = _value_of(one, {}, environment)
+        except SettingsError as error:
+            unreadable.append(error)
+            values[one.name] = one.default
+    return Settings(**values), unreadable
+
+
+def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str | None]]:
+    """Return each variable that is named like a setting and is none, and what may be meant."""
     known = [setting.variable for setting in SETTINGS]
     for variable in environment:
         if variable.startswith(PREFIX) and variable not in (*known, *_OF_SCRIPTS):
             import difflib  # for a mistake alone
 
-            near = difflib.get_close_matches(variable, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            guard.warn(
-                f"variable {variable}", "%s is no setting of periscope-otel%s", variable, hint
-            )
+            names = [one.removeprefix(PREFIX) for one in known]
+            near = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, n=1)
+            yield variable, f"{PREFIX}{near[0]}" if near else None
+
+
+def _warn_of_unknown(environment: Mapping[str, str]) -> None:
+    for variable, near in unknown_variables(environment):
+        hint = f"; did you mean {near}?" if near else ""
+        guard.warn(f"variable {variable}", "%s is no setting of periscope-otel%s", variable, hint)
 
 
 def differences(one: Settings, other: Settings) -> list[str]:

@@ -37,6 +37,7 @@ ROOMS = (
     ("testing", "pytest_plugin"),
     ("instrumentor", "instrumentations"),
     ("runtime",),
+    ("doctor",),
     ("monitor",),
     ("server",),
     ("replay",),

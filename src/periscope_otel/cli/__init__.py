@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from periscope_otel.cli import breaker, dlq
+from periscope_otel.cli.doctor import EXIT_CODES, doctor
 from periscope_otel.settings import SETTINGS, SettingsError, load
 from periscope_otel.version import __version__
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.add_typer(dlq.app, name="dlq")
 app.add_typer(breaker.app, name="breaker")
+app.command(epilog=EXIT_CODES)(doctor)
 
 
 def _show_version(wanted: bool) -> None:

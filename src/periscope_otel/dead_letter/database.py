@@ -188,7 +188,7 @@ class Database:
                 writing to it already, as where a signal handler or a finaliser interrupts it.
         """
         level = self._synchronous if durable is None else "FULL" if durable else "NORMAL"
-        with self._turn(), _explained(self.path):
+        with self._turn(), explained(self.path):
             connection = self._patiently(lambda: self._begin(level))
             try:
                 yield connection
@@ -216,7 +216,7 @@ class Database:
             with self._borrowed() as connection:
                 return connection.execute(query, values).fetchall()
 
-        with _explained(self.path):
+        with explained(self.path):
             found = self._patiently(rows)
             _gate.leave()
             return found
@@ -231,7 +231,7 @@ class Database:
             self._begin_log_anew("RESTART")
 
     def _begin_log_anew(self, way: str) -> None:
-        with self._turn(), _explained(self.path):
+        with self._turn(), explained(self.path):
             for pause in self._pauses():
                 _gate.enter()
                 try:
@@ -435,7 +435,8 @@ def _is_busy(error: BaseException) -> bool:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
+def explained(path: Path) -> Iterator[None]:
+    """Have SQLite's errors in a block be a StoreError that names the file."""
     try:
         yield
     except UnicodeDecodeError as error:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.waiting import WaitingLetters
-from periscope_otel.settings import PREFIX, SettingsError, load
+from periscope_otel.settings import SettingsError, load, read_environment
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
@@ -111,16 +111,11 @@ def default_folder() -> Path:
 
 def _from_environment() -> Options:
     """Return what the environment says; a variable that cannot be read is told, and left out."""
-    usable = {}
-    for name, value in os.environ.items():
-        if name.startswith(PREFIX):
-            try:
-                load({}, {name: value})
-            except SettingsError as error:
-                guard.warn(f"variable {name}", "%s; it is left out", error)
-            else:
-                usable[name] = value
-    return options_of(load({}, usable))
+    settings, unreadable = read_environment(os.environ)
+    for error in unreadable:
+        variable = str(error).partition("=")[0]
+        guard.warn(f"variable {variable}", "%s; it is left out", error)
+    return options_of(settings)
 
 
 class InUse:

@@ -17,6 +17,7 @@ import msgspec
 
 from periscope_otel.dead_letter.errors import RefusedError, StoreError, StoreFullError
 from periscope_otel.dead_letter.letter import Letter
+from periscope_otel.dead_letter.redis_advice import advice_on
 from periscope_otel.dead_letter.store import (
     LONGEST_PAGE,
     PAGE,
@@ -334,7 +335,7 @@ class RedisStore:
                     told |= client.info(section)
             with suppress(ResponseError):
                 told |= client.config_get("save")
-        return _advice(told)
+        return [f"{one}." for one in advice_on(told)]
 
     def close(self) -> None:
         """Close the connections."""
@@ -402,28 +403,6 @@ def _kind_of(error: BaseException) -> type[StoreError]:
         and not text.startswith(("unknown command", "max number of clients"))
     )  # fmt: skip
     return RefusedError if about_this else StoreError
-
-
-def _advice(told: dict[Any, Any]) -> Sequence[str]:
-    advice: list[str] = []
-    policy = told.get("maxmemory_policy", "noeviction")
-    if policy != "noeviction":
-        advice.append(
-            f"Redis removes keys when its memory is full (maxmemory-policy is {policy}), and with "
-            "them dead letters: set `maxmemory-policy noeviction`."
-        )
-    save = told.get("save", told.get(b"save"))  # a client that decodes nothing tells bytes
-    if told.get("aof_enabled", 1) == 0 and save in ("", b""):
-        advice.append(
-            "Redis keeps nothing on disk (neither AOF nor RDB), so a restart loses all dead "
-            "letters: set `appendonly yes`."
-        )
-    elif told.get("aof_enabled", 1) == 0 and save is None:
-        advice.append(
-            "Redis has no append-only file, and does not say whether it takes snapshots (RDB); "
-            "without them a restart loses all dead letters: set `appendonly yes`."
-        )
-    return advice
 
 
 def _source(name: str) -> str:

@@ -169,6 +169,15 @@ class Instruments:
         with self._items_lock:
             return dict(self._received), dict(self._converted), dict(self._items_settled)
 
+    def label_sets(self) -> dict[str, int]:
+        """Return how many label sets each bounded instrument has."""
+        return {
+            names.DURATION.name: len(self._calls),
+            names.RECEIVED.name: len(self._received),
+            names.SETTLED.name: len(self._items_settled),
+            names.RETRIES.name: len(self._retries),
+        }
+
     def listen(self, listener: Callable[[Settled], None]) -> Callable[[], None]:
         """Call `listener` with every settled operation from now on, where the drain runs.
 

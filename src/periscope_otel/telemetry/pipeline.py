@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import sys
+from functools import partial
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -38,8 +39,10 @@ class Destination(NamedTuple):
     """One exporter of one signal."""
 
     name: str
-    make: Callable[[], Any]
+    make: Callable[..., Any]
+    """Makes the exporter; one for OTLP takes `timeout=`, in seconds."""
     is_grpc: bool = False
+    is_otlp: bool = False
 
 
 class _HashedResource(Resource):
@@ -138,17 +141,19 @@ def _otlp(signal: str, endpoint: str | None, protocol: str) -> Destination:
     """Return an OTLP destination; without `endpoint` the exporter reads the environment itself."""
     shown = redact(endpoint or _endpoint_in_environment(signal) or "the default OTLP endpoint")
     if protocol == GRPC:
-        return Destination(shown, lambda: _grpc_exporter(signal, endpoint), is_grpc=True)
+        return Destination(
+            shown, partial(_grpc_exporter, signal, endpoint), is_grpc=True, is_otlp=True
+        )
     url = None if endpoint is None else f"{endpoint.rstrip('/')}/v1/{signal}"
-    return Destination(shown, lambda: _http_exporter(signal, url))
+    return Destination(shown, partial(_http_exporter, signal, url), is_otlp=True)
 
 
-def _grpc_exporter(signal: str, endpoint: str | None) -> Any:
+def _grpc_exporter(signal: str, endpoint: str | None, timeout: float | None = None) -> Any:
     from opentelemetry.exporter.otlp.proto.grpc.metric_exporter import OTLPMetricExporter
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
     make = OTLPSpanExporter if signal == "traces" else OTLPMetricExporter
-    return make(endpoint=endpoint, compression=_grpc_compression(signal))
+    return make(endpoint=endpoint, timeout=timeout, compression=_grpc_compression(signal))
 
 
 def _grpc_compression(signal: str) -> Any:
@@ -177,7 +182,7 @@ def _grpc_compression(signal: str) -> Any:
     return known.get(named, Compression.NoCompression)
 
 
-def _http_exporter(signal: str, url: str | None) -> Any:
+def _http_exporter(signal: str, url: str | None, timeout: float | None = None) -> Any:
     # What requests imports only when it first sends must be there before a thread does: a child
     # forked in the middle of an import waits for ever for the lock of that import.
     import encodings.idna
@@ -188,7 +193,8 @@ def _http_exporter(signal: str, url: str | None) -> Any:
     from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    return (OTLPSpanExporter if signal == "traces" else OTLPMetricExporter)(endpoint=url)
+    make = OTLPSpanExporter if signal == "traces" else OTLPMetricExporter
+    return make(endpoint=url, timeout=timeout)
 
 
 def _by_name(signal: str, name: str, protocol: str | None) -> Destination:

@@ -1,0 +1,120 @@
+"""`periscope doctor`: what is found and what is not, with the reason and the remedy."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import textwrap
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Final
+
+import typer
+
+from periscope_otel.cli.letter_options import AsJson, mistake
+from periscope_otel.cli.letter_store import NOT_DONE, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from periscope_otel.doctor import Diagnosis, Finding
+
+EXIT_CODES: Final = (
+    "Exit codes: 0 nothing is broken; 1 something is (with --strict also what is warned of); "
+    "2 a mistake in the command line."
+)
+_COLORS: Final = {"broken": "red", "warning": "yellow", "ok": "green", "off": "dim"}
+_STATUS: Final = 9
+_CHECK: Final = 19
+_NARROW: Final = 60
+_LEAST, _NO_TERMINAL = 40, 80
+
+
+def doctor(
+    *,
+    program: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A running program's Prometheus address: it tells what is found inside of it. By "
+            "default what the settings say (PERISCOPE_PROMETHEUS).",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float,
+        typer.Option(min=0.1, max=60.0, metavar="SECONDS", help="For each server to answer."),
+    ] = 3.0,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as broken.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Say what is found and what is not, with the reason and the remedy; change nothing.
+
+    Settings, OpenTelemetry packages, Collector, dead letters, Redis, breakers, host and GPUs.
+    """
+    _silence()
+    from periscope_otel.doctor import examine
+
+    try:
+        diagnosis = examine(program=program, timeout=timeout)
+    except ValueError:
+        raise mistake(f"{program} is no address such as 127.0.0.1:9464", "--program") from None
+    if json:
+        write_json(diagnosis.as_json())
+    else:
+        _print(diagnosis)
+    if diagnosis.broken or (strict and diagnosis.warnings):
+        raise typer.Exit(NOT_DONE)
+
+
+def _silence() -> None:
+    """Let nobody else write: what exporters and drivers log is told as findings."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    logging.getLogger().addHandler(logging.NullHandler())
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not have all characters
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _print(diagnosis: Diagnosis) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    known = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    width = max(_LEAST, console.width) if known else _NO_TERMINAL
+    for finding in diagnosis.findings:
+        for index, one in enumerate(_lines(finding, width)):
+            text = Text(one)
+            if not index:
+                text.stylize(_COLORS[finding.status], 0, len(finding.status))
+            console.print(text, soft_wrap=True)
+    console.print(_summary(diagnosis), soft_wrap=True)
+
+
+def _lines(finding: Finding, width: int) -> Iterator[str]:
+    """Give a finding's lines, and its remedy's."""
+    head = f"{finding.status:<{_STATUS}}{finding.check:<{_CHECK}}"
+    indent = " " * (len(head) if width >= _NARROW else 2)
+    if width >= _NARROW:
+        yield from _wrapped(finding.message, width, head, indent)
+    else:
+        yield head.rstrip()
+        yield from _wrapped(finding.message, width, indent, indent)
+    if finding.remedy is not None:
+        yield from _wrapped(finding.remedy, width, f"{indent}-> ", f"{indent}   ")
+
+
+def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_on_hyphens=False,
+    )
+
+
+def _summary(diagnosis: Diagnosis) -> str:
+    counts = Counter(one.status for one in diagnosis.findings)
+    warnings = "1 warning" if counts["warning"] == 1 else f"{counts['warning']} warnings"
+    return f"{counts['broken']} broken, {warnings}, {counts['ok']} ok, {counts['off']} off"

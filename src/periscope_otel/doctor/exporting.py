@@ -1,0 +1,178 @@
+"""Where spans and metrics go: by a real, empty request to each destination."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from periscope_otel.doctor.finding import broken, off, ok, warning
+from periscope_otel.telemetry import pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from periscope_otel.doctor.finding import Finding
+    from periscope_otel.settings import Settings
+    from periscope_otel.telemetry.pipeline import Destination
+
+SIGNALS: Final = {"traces": "spans", "metrics": "metrics"}
+
+
+class _Reason(NamedTuple):
+    """A kind of failure, as servers and libraries word it."""
+
+    pattern: str
+    message: str
+    remedy: str
+
+
+_REASONS: Final = (
+    _Reason(
+        r"UNAUTHENTICATED|PERMISSION_DENIED|code: 40[13]\b",
+        "it refuses the credentials",
+        "correct the headers in OTEL_EXPORTER_OTLP_HEADERS",
+    ),
+    _Reason(
+        r"Failed parsing HTTP/2|http2 header with status|BadStatusLine|HTTP/0\.9|http1\.x server"
+        r"|RemoteDisconnected|Connection reset|code: 415\b|UNIMPLEMENTED",
+        "it speaks another protocol than {protocol}",
+        "gRPC is on port 4317 as a rule, HTTP on 4318: correct the port, or set "
+        "OTEL_EXPORTER_OTLP_PROTOCOL to grpc or http/protobuf",
+    ),
+    _Reason(
+        r"code: (?:404|405|501)\b",
+        "there is no OTLP receiver at this path",
+        "give the base URL in OTEL_EXPORTER_OTLP_ENDPOINT (/v1/traces and /v1/metrics are put "
+        "after it), or the whole one in OTEL_EXPORTER_OTLP_TRACES_ENDPOINT and …_METRICS_ENDPOINT",
+    ),
+    _Reason(
+        r"SSL|TLS|Tls|certificate|CERTIFICATE",
+        "no secure connection can be made",
+        "use http:// if the Collector has no TLS; else give its CA's certificate in "
+        "OTEL_EXPORTER_OTLP_CERTIFICATE",
+    ),
+    _Reason(
+        r"NameResolutionError|Failed to resolve|hostname lookup|Domain name not found"
+        r"|DNS resolution",
+        "its name cannot be resolved",
+        "correct the host in OTEL_EXPORTER_OTLP_ENDPOINT",
+    ),
+    _Reason(
+        r"refused",
+        "the connection is refused: nothing listens there",
+        "start a Collector there (collector-config/ has one), or correct "
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+    ),
+    _Reason(
+        r"DEADLINE_EXCEEDED|[Tt]imed? ?out|timeout|unreachable|UNREACHABLE",
+        "it does not answer in time",
+        "look whether the Collector is overloaded, or a firewall drops what is sent there",
+    ),
+)
+_OTHER_REASON: Final = _Reason(
+    "", "it does not take requests", "look at what it logs, and at OTEL_EXPORTER_OTLP_ENDPOINT"
+)
+
+
+def export_findings(settings: Settings, signal: str, timeout: float) -> Iterator[Finding]:
+    """Say of each destination of a signal whether it takes requests.
+
+    Args:
+        settings: Where to export to.
+        signal: `traces` or `metrics`.
+        timeout: Seconds that each destination has.
+    """
+    check = f"{signal}.export"
+    try:
+        wanted = pipeline.destinations(signal, settings.otlp_endpoint, settings.otlp_protocol)
+    except ValueError as error:
+        yield broken(check, str(error), "install it, or correct the variable")
+        return
+    if not wanted:
+        yield off(check, f"{SIGNALS[signal]} go nowhere: no OTLP endpoint is set")
+    for to in wanted:
+        yield _tried(check, signal, to, timeout)
+
+
+def anywhere_findings(settings: Settings) -> Iterator[Finding]:
+    """Say if telemetry goes nowhere at all."""
+    endpoint, protocol = settings.otlp_endpoint, settings.otlp_protocol
+    try:
+        wanted = any(pipeline.destinations(signal, endpoint, protocol) for signal in SIGNALS)
+    except ValueError:
+        return  # it was meant to go somewhere
+    if not wanted and settings.prometheus is None:
+        yield warning(
+            "export.anywhere",
+            "neither spans nor metrics go anywhere, unless the program sets providers of its own",
+            "set OTEL_EXPORTER_OTLP_ENDPOINT for a Collector, or PERISCOPE_PROMETHEUS=true for a "
+            "page that Prometheus reads",
+        )
+
+
+def _tried(check: str, signal: str, to: Destination, timeout: float) -> Finding:
+    if not to.is_otlp:
+        return ok(check, f"{SIGNALS[signal]} go to the exporter {to.name}, which was not tried")
+    protocol = "gRPC" if to.is_grpc else "HTTP"
+    named = f"OTLP over {protocol} to {to.name}"
+    try:
+        exporter = to.make(timeout=timeout)
+    except Exception as error:  # noqa: BLE001 - whatever a wrong header or certificate raises
+        return broken(
+            check,
+            f"{named}: the exporter cannot be made: {type(error).__name__}: {error}",
+            "correct the OTEL_EXPORTER_OTLP_* variables",
+        )
+    began = time.monotonic()
+    with _log_of_this_thread() as said:
+        taken = _export_nothing(exporter, signal)
+    took = time.monotonic() - began
+    exporter.shutdown()
+    if taken:
+        return ok(check, f"{named}: takes requests, within {1000 * took:.0f} ms")
+    reason = _reason_of(" ".join(said))
+    message = reason.message.format(protocol=protocol)
+    detail = f" ({said[-1]})" if said and reason is _OTHER_REASON else ""
+    return broken(check, f"{named}: {message}{detail}", reason.remedy)
+
+
+def _export_nothing(exporter: Any, signal: str) -> bool:
+    """Send a request without spans or points; returns whether it was taken."""
+    from opentelemetry.sdk.metrics.export import MetricsData
+
+    nothing: Any = [] if signal == "traces" else MetricsData(resource_metrics=[])
+    try:
+        return bool(exporter.export(nothing).name == "SUCCESS")
+    except Exception:
+        logging.getLogger("opentelemetry.exporter").exception("export failed")
+        return False
+
+
+def _reason_of(said: str) -> _Reason:
+    found = (one for one in _REASONS if re.search(one.pattern, said))
+    return next(found, _OTHER_REASON)
+
+
+@contextmanager
+def _log_of_this_thread() -> Iterator[list[str]]:
+    """Give what exporters log in this thread, which is all that they tell of a failure."""
+    said: list[str] = []
+    logger = logging.getLogger("opentelemetry")
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.thread == ident:
+                error = record.exc_info[1] if record.exc_info else None
+                said.append(record.getMessage() if error is None else repr(error))
+
+    ident = threading.get_ident()
+    listener = Listener(logging.WARNING)
+    logger.addHandler(listener)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(listener)

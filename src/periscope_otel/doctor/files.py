@@ -1,0 +1,132 @@
+"""The folder of dead letters on this machine: looked at, and left as it was."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from typing import TYPE_CHECKING, Final
+
+from periscope_otel.dead_letter.contents import contents
+from periscope_otel.dead_letter.database import refuse_networked
+from periscope_otel.dead_letter.errors import StoreError
+from periscope_otel.dead_letter.in_use import options_of
+from periscope_otel.dead_letter.queue import FILE
+from periscope_otel.doctor.finding import broken, off, ok, warning
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from periscope_otel.doctor.finding import Finding
+    from periscope_otel.settings import Settings
+
+_LEAST_SPACE: Final = 16 << 20
+"""Bytes below which a letter may not find room."""
+_ANOTHER: Final = "choose another folder in PERISCOPE_DATA_DIR"
+
+
+def folder_findings(settings: Settings) -> Iterator[Finding]:
+    """Say whether dead letters can be kept, how much room they have, and how many there are."""
+    if settings.dead_letters is False:
+        yield off("data_dir.folder", "dead letters are switched off (PERISCOPE_DEAD_LETTERS)")
+        return
+    options = options_of(settings)
+    try:
+        folder = options.folder
+        there = _nearest(folder)
+        refuse_networked(there)
+    except (StoreError, OSError, ValueError) as error:
+        yield broken("data_dir.folder", str(error), _ANOTHER)
+        return
+    yield from _of_folder(folder, there)
+    if there.is_dir():
+        yield _of_space(there, _room_wanted(folder, options.largest_file))
+    yield _of_file(folder / FILE)
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder, or the nearest one above that is there."""
+    for one in (folder, *folder.parents):
+        if one.exists() or one.is_symlink():
+            return one
+    return folder
+
+
+def _of_folder(folder: Path, there: Path) -> Iterator[Finding]:
+    check = "data_dir.folder"
+    if not there.is_dir():
+        yield broken(check, f"{there} is no folder", _ANOTHER)
+        return
+    fault = _fault_in_writing(there)
+    if fault is not None:
+        yield broken(check, f"{there} cannot be written to: {fault}", _ANOTHER)
+    elif folder != there:
+        yield ok(check, f"{folder} will be made at first use")
+    elif stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        yield warning(
+            check,
+            f"{folder} is open to other users, who may see when letters are written",
+            "take it from them: chmod 700",
+        )
+    else:
+        yield ok(check, str(folder))
+
+
+def _fault_in_writing(folder: Path) -> str | None:
+    """Return why nothing can be written to a folder; tried with a file that has no name."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return None
+
+
+def _room_wanted(folder: Path, largest: int) -> int:
+    """Return how much the file may still grow."""
+    try:
+        return max(0, largest - (folder / FILE).stat().st_size)
+    except OSError:
+        return largest
+
+
+def _of_space(folder: Path, wanted: int) -> Finding:
+    told = os.statvfs(folder)
+    free = told.f_bavail * told.f_frsize
+    shown = f"{free / 1e9:.1f} GB are free" if free >= 1e8 else f"{free / 1e6:.1f} MB are free"
+    if free < _LEAST_SPACE:
+        return broken(
+            "data_dir.space", f"{shown}: letters may not find room", "free space on that disk"
+        )
+    if free < wanted:
+        return warning(
+            "data_dir.space",
+            f"{shown}, less than the file of dead letters may still grow by "
+            f"({wanted / 1e9:.1f} GB)",
+            "free space on that disk, or lower PERISCOPE_DEAD_LETTER_FILE_LIMIT",
+        )
+    return ok("data_dir.space", shown)
+
+
+def _of_file(file: Path) -> Finding:
+    check = "data_dir.file"
+    if not file.exists():
+        return off(check, "no letter was ever kept here")
+    try:
+        found = contents(file)
+    except StoreError as error:
+        return broken(
+            check,
+            str(error),
+            "keep a copy of the file for `periscope dlq`, or of what SQLite's .recover makes of "
+            "it, and move it away; a newer version of periscope-otel reads what it wrote",
+        )
+    told = f"{found.letters} letters"
+    if found.outbox:
+        told += f", {found.outbox} on their way to the Redis"
+    if found.journal:
+        told += f", {found.journal} payloads of calls that have not ended"
+    return ok(check, told)
