@@ -144,7 +144,6 @@ class GpuReader:
     """
 
     name = "gpu"
-    may_hang = True
 
     def __init__(self, backend: GpuBackend, clock: Callable[[], float] = time.monotonic) -> None:
         self._backend = backend
