@@ -297,10 +297,22 @@ def own_pids(pid: int) -> frozenset[int]:
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
+    except OSError:  # no Linux
         return frozenset({pid})
-    found = [line.split()[1:] for line in status.splitlines() if line.startswith("NSpid:")]
-    return frozenset({pid, *(int(one) for one in (found[0] if found else ()))})
+    return frozenset({pid, *namespaced_pids(status)})
+
+
+def namespaced_pids(status: str) -> list[int]:
+    """Return the ids of a process, from the outermost namespace in sight to its own.
+
+    Args:
+        status: Its `/proc/…/status`.
+    """
+    for line in status.splitlines():
+        name, _, ids = line.partition(":")
+        if name == "NSpid":
+            return [int(one) for one in ids.split()]
+    return []  # a kernel before 4.1
 
 
 def _told(values: dict[str, Any]) -> dict[str, Any] | None:
