@@ -83,7 +83,7 @@ def _of_device(settings: Settings, device: GpuDevice) -> Finding:
         message, remedy = _STATES[stats.state]
         make = warning if stats.state == DEGRADED else broken
         return make("gpu.devices", f"{named} {message}", remedy)
-    facts = [f"driver {identity.driver_version}"]
+    facts = [f"driver {identity.driver_version or 'unknown'}"]
     if stats.temperature is not None:
         facts.append(f"{stats.temperature:.0f} °C")
     if stats.memory_used is not None and stats.memory_total is not None:
