@@ -167,6 +167,39 @@ def test_what_nobody_foresaw_lets_go_of_nvml(gpus):
     assert gpus.calls("nvmlInitWithFlags") == 5
 
 
+@pytest.mark.parametrize(
+    ("function", "device"), [("nvmlDeviceGetCount_v2", -1), ("nvmlDeviceGetHandleByIndex_v2", 0)]
+)
+def test_a_driver_that_goes_while_it_is_opened(gpus, function, device):
+    """A driver that is gone in the middle of opening is let go of, and opened again later."""
+    gpus.stub("answer", function, device, 9)
+    read = gpus.read()
+    assert read["devices"] == {}
+    assert reason(read) == "driver_not_loaded"
+    assert gpus.stub("references") == 0
+    gpus.stub("answer", function, device, 0)
+    gpus.wait(5)
+    assert states(gpus.read()) == {FIRST: "ok", SECOND: "ok"}
+
+
+def test_a_list_that_cannot_be_had_for_once(gpus):
+    """That the driver does not say what has changed costs no figure of what is known."""
+    gpus.read()
+    gpus.stub("answer", "nvmlDeviceGetCount_v2", -1, UNKNOWN)
+    read = gpus.read(slow=True)
+    assert states(read) == {FIRST: "ok", SECOND: "ok"}
+    assert read["problem"] is None
+
+
+def test_gpus_that_cannot_be_told_apart_are_refused(gpus):
+    """Without its UUID a GPU has no series, and a line of its own."""
+    gpus.lack("nvmlDeviceGetUUID")
+    read = gpus.read()
+    assert read["devices"] == {}
+    assert reason(read) == "not_readable"
+    assert starts(read) == ["WARNING no figures of GPU 0", "WARNING no figures of GPU 1"]
+
+
 def test_a_driver_without_a_version_is_read(gpus):
     """The driver's version is an attribute: that it cannot be had costs no figure."""
     gpus.stub("answer", "nvmlSystemGetDriverVersion", -1, UNKNOWN)

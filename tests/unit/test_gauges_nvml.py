@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
-from periscope_otel.gauges.nvml import DeviceNames
+from periscope_otel.gauges.gpu import NOT_INSTALLED, GpuUnavailableError
+from periscope_otel.gauges.nvml import DeviceNames, NvmlBackend
 from periscope_otel.gauges.nvml_device import PcieCounters, count, namespaced_pids, own_pids
+
+
+def test_without_pynvml_there_is_a_reason(monkeypatch):
+    """Where the package is not installed that is said, and is no fault."""
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    backend = NvmlBackend()
+    with pytest.raises(GpuUnavailableError, match="pynvml is not installed") as caught:
+        backend.open()
+    assert caught.value.problem.reason in NOT_INSTALLED
+    backend.after_fork()
 
 
 @pytest.mark.parametrize("value", [0, 1, 2**32 - 2, 2**32, 2**63 - 1])
