@@ -388,8 +388,9 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str
         if variable.startswith(PREFIX) and variable not in (*known, *_OF_SCRIPTS):
             import difflib  # for a mistake alone
 
-            near = difflib.get_close_matches(variable, known, n=1)
-            yield variable, near[0] if near else None
+            names = [one.removeprefix(PREFIX) for one in known]
+            near = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, n=1)
+            yield variable, f"{PREFIX}{near[0]}" if near else None
 
 
 def _warn_of_unknown(environment: Mapping[str, str]) -> None:

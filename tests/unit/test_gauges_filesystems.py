@@ -109,7 +109,9 @@ def test_states_are_never_negative(monkeypatch, blocks, bfree, bavail, states):
 
 
 @pytest.mark.parametrize("call", ["stat", "statvfs"])
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), ValueError("null byte")])
+@pytest.mark.parametrize(
+    "error", [OSError(5, "Input/output error"), ValueError("null byte"), KeyError("x")]
+)
 def test_one_that_fails_costs_no_other(monkeypatch, tmp_path, call, error):
     """A filesystem that cannot be read is absent, and the others are told."""
     real = getattr(os, call)
@@ -254,6 +256,19 @@ def test_threads_that_wait_are_bounded(stuck, tmp_path, caplog):
     assert [host.read(slow=True) for _ in range(3)] == [()] * 3
     assert stuck.asked == MOST_HUNG
     assert len([line for line in caplog.messages if "none is told" in line]) == 1
+
+
+def test_where_no_thread_can_be_started_the_last_figures_stand(monkeypatch):
+    """At the end of the interpreter, or of what a user may have, nothing new is read: no error."""
+
+    def refuse(_self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    host = reader(mount("/dev/sda1", "/"))
+    told = host.read(slow=True)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert host.read(slow=True) is told
+    assert reader(mount("/dev/sda1", "/")).read(slow=True) == ()
 
 
 def test_a_child_of_a_fork_asks_for_itself(stuck, tmp_path):

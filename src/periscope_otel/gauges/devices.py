@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
-from typing import TYPE_CHECKING, Final
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import Final
 
 _MADE_OF_OTHERS: Final = re.compile(r"/devices/virtual/block/(?:loop|z?ram|dm-|md|zd|nbd)")
 """Where the kernel keeps disks that are none. Not all that it calls virtual are: an NVMe disk with
@@ -38,7 +35,8 @@ class DeviceClasses:
 
     def is_disk(self, name: str) -> bool:
         """Whether it is a whole disk of its own: no partition, and not made of other disks."""
-        return _remembered(self._disks, name, self._look_at_disk)
+        known = self._disks.get(name)
+        return _remember(self._disks, name, self._look_at_disk(name)) if known is None else known
 
     def may_be_disk(self, name: str) -> bool:
         """Whether it can stand for a disk where there is none: anything but memory and files."""
@@ -46,7 +44,10 @@ class DeviceClasses:
 
     def is_adapter(self, name: str) -> bool:
         """Whether it is a network adapter: no bridge, tunnel, or one end of a container's pair."""
-        return _remembered(self._adapters, name, self._look_at_interface)
+        known = self._adapters.get(name)
+        if known is None:
+            return _remember(self._adapters, name, self._look_at_interface(name))
+        return known
 
     def leads_away(self, name: str) -> bool:
         """Whether it is no loopback, which leads back to this host."""
@@ -63,12 +64,10 @@ class DeviceClasses:
         return device is not None and "/devices/virtual/" not in device and self.leads_away(name)
 
 
-def _remembered(known: dict[str, bool], name: str, look: Callable[[str], bool]) -> bool:
-    answer = known.get(name)
-    if answer is None:
-        if len(known) >= _MOST_KNOWN:  # names of short-lived devices
-            known.clear()
-        answer = known[name] = look(name)
+def _remember(known: dict[str, bool], name: str, answer: bool) -> bool:
+    if len(known) >= _MOST_KNOWN:  # names of short-lived devices
+        known.clear()
+    known[name] = answer
     return answer
 
 

@@ -29,7 +29,7 @@ FILESYSTEMS: Final = "filesystems"
 """What the source of these figures is called."""
 
 ANSWER_WAIT: Final = 1.0
-"""Seconds after which a filesystem that has not answered is left out."""
+"""Seconds without any answer after which the filesystem that was asked is left out."""
 MOST_HUNG: Final = 8
 """Filesystems that keep a thread waiting each, after which no other one is asked."""
 
@@ -95,7 +95,10 @@ class FilesystemReader:
             slow: Whether to ask them; else what they said last counts.
         """
         if self._told is None or slow:
-            self._told = self._choose(self._ask(self._mounted()))
+            try:
+                self._told = self._choose(self._ask(self._mounted()))
+            except RuntimeError:  # no more threads, or the interpreter is ending
+                return self._told or ()
         return self._told
 
     def _mounted(self) -> list[Mount]:
@@ -156,15 +159,17 @@ class _Look:
         self._found = found
         self._answers = 0
         self._is_left = False
-        self._step = threading.Semaphore(0)
+        self._is_done = threading.Event()
 
     def is_through(self, answer_wait: float) -> bool:
-        """Ask all of them; returns False as soon as one does not answer in time."""
+        """Ask all of them; returns False when for so long none has answered."""
         threading.Thread(target=self._run, name="periscope-statvfs", daemon=True).start()
-        for _ in self._mounts:
-            if not self._step.acquire(timeout=answer_wait):
+        seen = -1
+        while not self._is_done.wait(answer_wait):
+            if self._answers == seen:
                 self._is_left = True
                 return False
+            seen = self._answers
         return True
 
     def _run(self) -> None:
@@ -174,9 +179,10 @@ class _Look:
             self.asks = None
             if self._is_left:
                 return
+            self._answers += 1
             if stats is not None:
                 self._found[mount.device] = stats
-            self._step.release()
+        self._is_done.set()
 
 
 def _answer(mount: Mount) -> FilesystemStats | None:
@@ -187,9 +193,9 @@ def _answer(mount: Mount) -> FilesystemStats | None:
         if not stat.S_ISDIR(os.stat(point).st_mode):  # noqa: PTH116
             return None
         told = os.statvfs(point)
-    except (OSError, ValueError):
+        return _stats(mount, told) if told.f_blocks else None
+    except Exception:  # noqa: BLE001  (whatever one fails by, the others are to be asked)
         return None
-    return _stats(mount, told) if told.f_blocks else None
 
 
 def _stats(mount: Mount, told: os.statvfs_result) -> FilesystemStats:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any, Final
 from periscope_otel.gauges.host_source import CpuTimes, ProcessSize, ProcessUsage
 from periscope_otel.gauges.stats import DiskStats, MemoryStats, NetworkStats, PagingStats
 
+if sys.platform != "win32":
+    import resource
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
@@ -173,7 +176,5 @@ def _modes(told: Any) -> dict[str, float]:
 def _faults() -> dict[str, int] | None:
     if sys.platform == "win32":
         return None
-    import resource
-
     used = resource.getrusage(resource.RUSAGE_SELF)
     return {"minor": used.ru_minflt, "major": used.ru_majflt}

@@ -10,17 +10,22 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from typing import TYPE_CHECKING, Final
 
 from periscope_otel.gauges.host_source import CpuTimes, ProcessSize, ProcessUsage
 from periscope_otel.gauges.stats import DiskStats, MemoryStats, NetworkStats, PagingStats
 
+if sys.platform != "win32":
+    import resource
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _FLAGS: Final = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)
-_CHUNK: Final = 65_536
+_CHUNK: Final = 16_384
+_ENCODING: Final = sys.getfilesystemencoding()
 _SECTOR: Final = 512
 """Bytes that /proc/diskstats calls a sector, whatever the disk's own are."""
 _MOST_THREADS: Final = 256
@@ -78,7 +83,7 @@ class ProcfsSource:
 
     def memory(self) -> MemoryStats:
         """Return the memory of /proc/meminfo, with the slabs that can be freed as cached."""
-        told = b"\n" + _whole(f"{self._proc}/meminfo")
+        told = b"\n" + _first(f"{self._proc}/meminfo", _CHUNK)
         total, free = _kib(told, b"MemTotal"), _kib(told, b"MemFree")
         available = _kib(told, b"MemAvailable")
         if total is None or free is None or available is None:
@@ -108,8 +113,12 @@ class ProcfsSource:
         """Return what /proc/diskstats says of these."""
         found = []
         for line in _whole(f"{self._proc}/diskstats").split(b"\n"):
+            # Most rows are of partitions and the like: only those that are wanted are taken apart.
+            row = line.split(None, 3)
+            if len(row) < 4 or not wanted(name := _name(row[2])):
+                continue
             fields = line.split(None, 10)
-            if len(fields) > 9 and wanted(name := os.fsdecode(fields[2])):
+            if len(fields) > 9:  # partitions of old kernels have no more than four counts
                 read, written = int(fields[5]) * _SECTOR, int(fields[9]) * _SECTOR
                 found.append(DiskStats(name, read, written, int(fields[3]), int(fields[7])))
         return found
@@ -119,7 +128,7 @@ class ProcfsSource:
         found = []
         for line in _whole(f"{self._proc}/net/dev").split(b"\n")[2:]:
             told, _, rest = line.partition(b":")
-            if rest and wanted(name := os.fsdecode(told.strip())):
+            if rest and wanted(name := _name(told.strip())):
                 row = rest.split(None, 12)
                 received, receive_errors, receive_dropped = int(row[0]), int(row[2]), int(row[3])
                 sent, send_errors, send_dropped = int(row[8]), int(row[10]), int(row[11])
@@ -160,8 +169,6 @@ class ProcfsSource:
 
     def process_usage(self) -> ProcessUsage:
         """Return what the kernel has counted for all threads together."""
-        import resource
-
         used = resource.getrusage(resource.RUSAGE_SELF)
         return ProcessUsage(
             {"user": used.ru_utime, "system": used.ru_stime},
@@ -202,6 +209,11 @@ def plain(path: bytes) -> str:
         path: A field of a line under /proc.
     """
     return os.fsdecode(_OCTAL.sub(lambda found: bytes([int(found[1], 8) & 0xFF]), path))
+
+
+def _name(told: bytes) -> str:
+    """Return what `os.fsdecode` does, several times as fast."""
+    return told.decode(_ENCODING, "surrogateescape")
 
 
 def _since_boot() -> float:
