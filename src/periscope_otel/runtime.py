@@ -351,7 +351,9 @@ class Runtime:
         before = self._gauges
         with guard.contained("gauges"):
             self._gauges = instrument_gauges(
-                meter_provider=self.meter_provider, gauges=self.settings.gauges
+                meter_provider=self.meter_provider,
+                gauges=self.settings.gauges,
+                interval=self.settings.gauges_interval,
             )
         if before is not None:
             before.close()
@@ -525,6 +527,7 @@ def configure(
     record_client_spans: bool | None = None,
     on_lost: OnLost | None = None,
     gauges: bool | Iterable[str] | None = None,
+    gauges_interval: float | None = None,
 ) -> Runtime:
     """Set everything up, once for the process. Every argument is optional.
 
@@ -563,6 +566,7 @@ def configure(
         on_lost: Called with each dead letter that could not be kept, and why.
         gauges: True for host and GPU figures, or some of `host`, `gpu` and `per_cpu`; off by
             default.
+        gauges_interval: Seconds between two readings of these; 5.
 
     Returns:
         The runtime. A second call returns the same one, and warns of arguments that differ.
@@ -597,6 +601,7 @@ def configure(
             "breaker_spans": breaker_spans,
             "record_client_spans": record_client_spans,
             "gauges": gauges,
+            "gauges_interval": gauges_interval,
         }
     )
     for pattern, policy in (breakers or {}).items():

@@ -74,6 +74,7 @@ class Settings(NamedTuple):
     breaker_spans: bool | None
     record_client_spans: bool
     gauges: tuple[str, ...]
+    gauges_interval: float
 
 
 def _text(value: Any) -> str | None:
@@ -316,6 +317,13 @@ SETTINGS: tuple[Setting, ...] = (
         "true, false or some of host, gpu and per_cpu",
         "Host and GPU figures; `true` is host and gpu. Off by default.",
     ),
+    Setting(
+        "gauges_interval",
+        5.0,
+        _seconds(0.1, 86_400.0),
+        "seconds from 0.1 to 86400",
+        "Time between two readings of host and GPU figures.",
+    ),
 )
 
 
@@ -380,8 +388,9 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str
         if variable.startswith(PREFIX) and variable not in (*known, *_OF_SCRIPTS):
             import difflib  # for a mistake alone
 
-            near = difflib.get_close_matches(variable, known, n=1)
-            yield variable, near[0] if near else None
+            names = [one.removeprefix(PREFIX) for one in known]
+            near = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, n=1)
+            yield variable, f"{PREFIX}{near[0]}" if near else None
 
 
 def _warn_of_unknown(environment: Mapping[str, str]) -> None:

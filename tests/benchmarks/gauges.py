@@ -42,8 +42,7 @@ _ALONE = """
 import json, sys, time
 from periscope_otel.gauges.host import HostReader
 from periscope_otel.gauges.sampler import Sampler
-sampler = Sampler()
-sampler.add(HostReader())
+sampler = Sampler(HostReader())
 sampler.start()
 time.sleep(2)
 wall, cpu = time.perf_counter(), time.process_time()
@@ -151,8 +150,9 @@ def readings(readers: int, seconds: float) -> int:
         thread.start()
     for thread in threads:
         thread.join()
-    taken = _state._sampler.readings
+    taken = _state.samplers["host"].readings
     handle.close()
+    _state.samplers["host"].readings = 0
     return taken
 
 

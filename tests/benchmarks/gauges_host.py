@@ -50,27 +50,28 @@ def ours() -> dict[str, Subject]:
     provider, reader = collector()
     # The sampler's own thread sleeps through the measurement, which reads in its place.
     instrument_gauges(meter_provider=provider, gauges={"host"}, interval=86_400)
-    sampler = _state._sampler
-    sampler.wait_for("host", 10)
-    beat = sampler._beat
+    sampler = _state.samplers["host"]
+    sampler.wait(10)
+    turn = sampler._turn
+    assert turn is not None
     slow = HostReader()
 
     def read_and_collect() -> None:
-        sampler.read_all(beat)
+        sampler.read_once(turn)
         reader.collect()
 
     def read_and_call_back() -> None:
-        sampler.read_all(beat)
+        sampler.read_once(turn)
         call_back()
 
     def call_back() -> list[Any]:
-        stats = sampler.latest("host")
+        stats = sampler.latest()
         return [list(figure.observe(stats)) for figure in HOST]
 
     return {
         "ours": Subject(read_and_call_back),
         "ours, collected": Subject(read_and_collect),
-        "our reading": Subject(lambda: sampler.read_all(beat)),
+        "our reading": Subject(lambda: sampler.read_once(turn)),
         "our slow reading": Subject(lambda: slow.read(slow=True)),
         "our callbacks": Subject(call_back),
         "our collect": Subject(reader.collect),

@@ -235,7 +235,6 @@ def test_a_call_that_hangs(collector, library):
     with gauges(collector, library, gauges=True) as program:
         program.ask("readings", 2)
         program.ask("stub", "hang", "nvmlDeviceGetPowerUsage")
-        # Noticed by whoever asks, two seconds later.
         devices, problem = program.ask("gpu_until", "driver_hangs")
         assert (devices, problem) == ({FIRST: "failed", SECOND: "failed"}, "driver_hangs")
         program.ask("readings", 3)
@@ -245,7 +244,7 @@ def test_a_call_that_hangs(collector, library):
         assert value(collector, "hw.status", hw_id=FIRST, hw_state="failed") == 1
         assert len(latest(collector, "hw.power")) == before == 0
         assert latest(collector, "system.memory.usage")
-        assert len([line for line in program.ask("logs") if "hangs" in line]) == 1
+        assert len([line for line in program.ask("logs") if "has not come back" in line]) == 1
         assert program.ask("fork")[1] == 7
 
 
@@ -304,4 +303,4 @@ def test_shutdown_ends_the_sampler(library):
     """After shutdown() of what was switched on no thread samples."""
     with gauges(None, library, gauges=["host"]) as program:
         program.ask("readings", 1)
-        assert program.ask("close") in (True, False)
+        assert program.ask("close") == []

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -66,14 +68,26 @@ def switch_on() -> Iterator[Callable[..., Gauges]]:
         made.append(
             instrument_gauges(meter_provider=provided.provider, **{"gauges": {"host"}, **more})
         )
-        _state._sampler.wait_for("host", 10)
+        if "gpu" not in made[-1].wanted:
+            _state.samplers["host"].wait(10)
         return made[-1]
 
     yield switch
     for one in made:
         one.close()
-    assert _state._sampler is None
     assert not _state.users
+    _state.asked.clear()
+    for sampler in _state.samplers.values():
+        assert sampler.stop(10)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    pause = threading.Event()
+    for _ in range(2000):
+        if condition():
+            return
+        pause.wait(0.005)
+    raise AssertionError("it did not come to be")
 
 
 def test_host_figures_are_collected(provide, switch_on):
@@ -95,12 +109,12 @@ def test_three_readers_cost_one_reading(provide, switch_on):
     several = [provide(3), provide(1)]
     for one in several:
         switch_on(one, interval=3600.0)
-    before = _state._sampler.readings
+    before = _state.samplers["host"].readings
     for _ in range(10):
         for one in several:
             for reader in range(len(one.readers)):
                 assert one.points(reader)["system.memory.limit"]
-    assert _state._sampler.readings == before
+    assert _state.samplers["host"].readings == before
 
 
 def test_switching_on_twice_tells_once(provide, switch_on, caplog):
@@ -123,12 +137,12 @@ def test_the_last_that_is_closed_ends_the_thread(provide, switch_on):
     """Closing the last gauges ends the sampler's thread; the next begin with a new one."""
     provided = provide()
     gauges = switch_on(provided)
-    thread = _state._sampler._beat.thread
+    thread = _state.samplers["host"]._turn.thread
     gauges.close()
     thread.join(10)
     assert not thread.is_alive()
     switch_on(provided)
-    assert _state._sampler.alive
+    assert _state.samplers["host"].alive
 
 
 def test_each_cpu_is_told_where_asked_for(provide, switch_on):
@@ -152,7 +166,7 @@ def test_what_there_is_not_is_an_error(wanted, provide):
     """Gauges that there are not are a ValueError, and nothing is switched on."""
     with pytest.raises(ValueError, match="gauges="):
         instrument_gauges(meter_provider=provide().provider, gauges=wanted)
-    assert _state._sampler is None
+    assert not _state.users
 
 
 @pytest.mark.parametrize("interval", [0, 0.05, -1, float("nan"), 1e9])
@@ -160,15 +174,171 @@ def test_an_interval_must_fit(interval, provide):
     """An interval below a tenth of a second, or none at all, is a ValueError."""
     with pytest.raises(ValueError, match="interval="):
         instrument_gauges(meter_provider=provide().provider, interval=interval)
-    assert _state._sampler is None
+    assert not _state.users
 
 
 def test_the_shortest_interval_counts(provide, switch_on):
-    """With several intervals the shortest one counts for all."""
+    """With several intervals the shortest one counts for all, as long as somebody wants it."""
     provided = provide()
-    for interval in (60.0, 20.0, 40.0):
-        switch_on(provided, interval=interval)
-    assert _state._sampler.interval == 20.0
+    get_system_stats(0.0)
+    _long, short, _between = (switch_on(provided, interval=seconds) for seconds in (60, 20, 40))
+    assert _state.samplers["host"].interval == 20
+    short.close()
+    assert _state.samplers["host"].interval == 40
+
+
+def test_what_nobody_wants_any_more_is_not_read(provide, switch_on):
+    """GPUs are let go of once the last who wanted them is closed, though the host is read on."""
+    provided = provide()
+    switch_on(provided)
+    gpu = switch_on(provided, gauges={"gpu"})
+    assert _state.samplers["gpu"].wait(10) is not None
+    gpu.close()
+    assert _state.samplers["gpu"].stop(10)
+    assert not _state.samplers["gpu"].alive
+    assert _state.samplers["host"].alive
+
+
+def test_each_provider_has_the_cpus_as_it_wants_them(provide, switch_on):
+    """One that wants each CPU takes the total away from nobody, and its end ends them."""
+    total, each = provide(), provide()
+    switch_on(total)
+    gauges = switch_on(each, gauges={"per_cpu"}, interval=0.1)
+
+    def numbers(provided: Provided) -> set[Any]:
+        points = provided.points().get("system.cpu.time", [])
+        return {one.attributes.get("cpu.logical_number") for one in points}
+
+    wait_until(lambda: 0 in numbers(each))
+    assert numbers(total) == {None}
+    gauges.close()
+    assert numbers(total) == {None}
+    assert numbers(each) == set()
+
+
+def test_a_provider_that_refuses_an_instrument_leaves_nothing(provide, switch_on):
+    """What it raises is raised; nothing is sampled, and a second try makes what is missing."""
+    provided = provide()
+    refusals = [OSError("full")]
+
+    class Refusing:
+        """A provider whose meter refuses a gauge once; it cannot be hashed."""
+
+        __hash__ = None  # type: ignore[assignment]
+
+        def get_meter(self, *names: Any, **more: Any) -> Any:
+            meter = provided.provider.get_meter(*names, **more)
+            create = meter.create_observable_gauge
+
+            def create_or_refuse(*arguments: Any) -> Any:
+                if refusals:
+                    raise refusals.pop()
+                return create(*arguments)
+
+            meter.create_observable_gauge = create_or_refuse
+            return meter
+
+    provider: Any = Refusing()
+    with pytest.raises(OSError, match="full"):
+        instrument_gauges(meter_provider=provider, gauges={"host"})
+    assert not _state.users
+    handle = instrument_gauges(meter_provider=provider, gauges={"host"})
+    assert _state.samplers["host"].wait(10) is not None
+    assert set(provided.points()) >= {"system.cpu.time", "system.uptime", "periscope.host.load"}
+    handle.close()
+    _state._of_unkeyable.clear()
+
+
+def test_where_the_sdk_is_disabled_nothing_is_read(monkeypatch):
+    """What would be told goes nowhere."""
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    provider = MeterProvider(shutdown_on_exit=False)
+    handle = instrument_gauges(meter_provider=provider)
+    assert not handle.wanted
+    assert not _state.users
+    handle.close()
+    provider.shutdown()
+
+
+def test_a_closed_handle_silences_nobody_else_on_that_provider():
+    """Whether it was given, or is the global one, or was so later."""
+    done = python(
+        """
+        from opentelemetry import metrics
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+        from periscope_otel.gauges import get_system_stats, instrument_gauges
+        on_global = instrument_gauges(gauges={"host"})
+        on_proxy = instrument_gauges(meter_provider=metrics.get_meter_provider(), gauges={"host"})
+        reader = InMemoryMetricReader()
+        provider = MeterProvider([reader])
+        given = instrument_gauges(meter_provider=provider, gauges={"host"})
+        metrics.set_meter_provider(provider)
+        get_system_stats(10)
+
+        def told():
+            data = reader.get_metrics_data()
+            return data is not None and bool(data.resource_metrics)
+
+        for handle in (given, on_proxy):
+            assert told()
+            handle.close()
+        assert told()
+        on_global.close()
+        assert not told()
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals by a timer")
+def test_a_signal_handler_may_ask_for_stats_and_close(provide):
+    """None of the locks is one that the interrupted code could hold against the handler."""
+    provided, calls = provide(), 0
+
+    def handle(_number: int, _frame: object) -> None:
+        nonlocal calls
+        calls += 1
+        get_system_stats(0.0)
+        instrument_gauges(meter_provider=provided.provider, gauges={"host"}).close()
+
+    before = signal.signal(signal.SIGALRM, handle)
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        while calls < 100:
+            get_system_stats(0.0)
+            instrument_gauges(meter_provider=provided.provider, gauges={"host"}).close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert not _state.users
+
+
+def test_a_slow_provider_holds_up_nobody_else(provide, switch_on):
+    """While it makes a meter, stats are read and other gauges are closed."""
+    provided = provide()
+    entered, free = threading.Event(), threading.Event()
+
+    class Slow:
+        def get_meter(self, *names: Any, **more: Any) -> Any:
+            entered.set()
+            assert free.wait(30)
+            return provided.provider.get_meter(*names, **more)
+
+    made: list[Gauges] = []
+
+    def work() -> None:
+        made.append(instrument_gauges(meter_provider=Slow(), gauges={"host"}))  # type: ignore[arg-type]
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert entered.wait(10)
+    switch_on(provide()).close()
+    assert get_system_stats(10) is not None
+    assert not made
+    free.set()
+    thread.join(10)
+    made[0].close()
 
 
 def test_a_figure_that_fails_costs_no_other(provide, switch_on, monkeypatch):
@@ -194,7 +364,7 @@ def test_stale_figures_are_absent(provide, switch_on, monkeypatch):
     switch_on(provided, interval=3600.0)
     assert provided.points()
     now = time.monotonic()
-    monkeypatch.setattr(_state._sampler, "_clock", lambda: now + 3 * 3600 + 10)
+    monkeypatch.setattr(_state.samplers["host"], "_clock", lambda: now + 3 * 3600 + 10)
     assert provided.points() == {}
 
 
@@ -228,9 +398,9 @@ def test_contribs_own_instrumentation_keeps_the_host_off(provide, switch_on, con
 @pytest.fixture
 def no_sampler() -> Iterator[None]:
     yield
-    sampler = _state.take_sampler()
-    if sampler is not None:
-        sampler.stop(10)
+    _state.asked.clear()
+    for sampler in _state.samplers.values():
+        assert sampler.stop(10)
 
 
 @pytest.mark.usefixtures("no_sampler")
@@ -241,7 +411,23 @@ def test_stats_without_gauges():
     assert stats.memory.total >= stats.memory.used > 0
     gpu = get_gpu_stats(10)
     assert gpu.devices or gpu.problem.remedy
-    assert _state._sampler.readings >= 1
+
+
+@pytest.mark.usefixtures("no_sampler")
+def test_sampling_for_whoever_asked_ends(monkeypatch):
+    """A while after the last question; and it begins again with the next."""
+    assert get_system_stats(10) is not None
+    sampler = _state.samplers["host"]
+    thread = sampler._turn.thread
+    sampler.wake()
+    assert get_system_stats(10) is not None
+    assert thread.is_alive()
+    monkeypatch.setattr(instrument_module, "IDLE", 0.0)
+    sampler.wake()
+    thread.join(10)
+    assert not thread.is_alive()
+    monkeypatch.undo()
+    assert get_system_stats(10) is not None
 
 
 @pytest.mark.usefixtures("no_sampler")
@@ -315,12 +501,14 @@ def test_configure_reads_the_variable():
         from periscope_otel.gauges.instrument import _state
         runtime = periscope.configure(exit_report="never")
         assert runtime.settings.gauges == ("host",)
-        assert _state._sampler.alive
+        sampler = _state.samplers["host"]
+        assert (sampler.alive, sampler.interval) == (True, 2.5)
         assert periscope.configure(gauges={"host"}, exit_report="never") is runtime
         periscope.shutdown()
-        assert _state._sampler is None
+        assert not sampler.alive
         """,
         PERISCOPE_GAUGES="host",
+        PERISCOPE_GAUGES_INTERVAL="2.5",
     )
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -333,7 +521,7 @@ def test_off_by_default():
         import periscope_otel as periscope
         periscope.configure(exit_report="never")
         assert not {"pynvml", "periscope_otel.gauges"} & set(sys.modules)
-        assert not [one for one in threading.enumerate() if one.name == "periscope-gauges"]
+        assert not [one for one in threading.enumerate() if one.name == "periscope-host"]
         """
     )
     assert (done.returncode, done.stderr) == (0, "")

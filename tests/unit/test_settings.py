@@ -31,6 +31,7 @@ DEFAULTS = {
     "breaker_spans": None,
     "record_client_spans": False,
     "gauges": (),
+    "gauges_interval": 5.0,
 }
 
 
@@ -69,6 +70,7 @@ def test_defaults():
         ("breaker_sharing", False, "off", False),
         ("breaker_spans", True, "yes", True),
         ("record_client_spans", True, "1", True),
+        ("gauges_interval", 30, "30", 30.0),
         ("gauges", True, "true", ("host", "gpu")),
         ("gauges", False, "off", ()),
         ("gauges", {"gpu"}, "GPU", ("gpu",)),

@@ -243,6 +243,7 @@ def _losses(report: ExportReport) -> Finding:
 
 def _labels(program: Program) -> Finding:
     limit = program.label_limit
+    program.instruments.drain()  # what has ended and not yet been counted
     usage = program.instruments.label_sets()
     name, most = max(usage.items(), key=lambda one: one[1])
     told = f"{name} has {most} of {limit} label sets"

@@ -1,4 +1,4 @@
-"""`instrument_gauges()`: the process's one sampler, and the instruments that tell what it reads."""
+"""`instrument_gauges()`: the instruments that tell what the process's samplers read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import logging
 import os
 import sys
 import threading
-import weakref
-from typing import TYPE_CHECKING, NamedTuple, cast
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 from opentelemetry import metrics
 
@@ -17,10 +18,10 @@ from periscope_otel.gauges.gpu import NOT_INSTALLED, GpuReader
 from periscope_otel.gauges.host import HostReader
 from periscope_otel.gauges.nvml import NvmlBackend
 from periscope_otel.gauges.observe import COUNTER, GAUGE, GPU, HOST, UP_DOWN_COUNTER, Figure
-from periscope_otel.gauges.sampler import INTERVAL, Sampler
+from periscope_otel.gauges.sampler import INTERVAL, STOP_WAIT, Sampler
 from periscope_otel.settings import GAUGE_GPU, GAUGE_HOST, GAUGE_PER_CPU, read_gauges
 from periscope_otel.telemetry import names
-from periscope_otel.telemetry.current import global_meter_provider
+from periscope_otel.telemetry.current import global_meter_provider, is_proxy
 from periscope_otel.version import __version__
 
 if TYPE_CHECKING:
@@ -36,23 +37,25 @@ _FIGURES = {GAUGE_HOST: HOST, GAUGE_GPU: GPU}
 
 _CONTRIB = "opentelemetry.instrumentation.system_metrics"
 
+IDLE = 60.0
+"""Seconds for which a source is read on for somebody who has only asked for its stats once."""
+
 
 class Gauges:
     """Gauges on one meter provider, until they are closed."""
 
-    def __init__(self, instruments: _Instruments, wanted: frozenset[str]) -> None:
-        self._instruments = instruments
-        self.wanted = wanted
+    def __init__(self, instruments: _Instruments, chosen: frozenset[str], interval: float) -> None:
+        self.wanted = chosen & _FIGURES.keys()
         """`host` and `gpu`, as far as they were asked for."""
+        self.per_cpu = GAUGE_PER_CPU in chosen
+        self.interval = interval
+        self._instruments = instruments
 
     def close(self) -> None:
-        """Tell nothing more, and end the sampler with the last that are closed."""
-        with _state.lock:
-            self._instruments.users.discard(self)
-            _state.users.discard(self)
-            sampler = None if _state.users else _state.take_sampler()
-        if sampler is not None:
-            sampler.stop()
+        """Tell nothing more, and end what nobody else wants to be read."""
+        self._instruments.users.pop(self, None)
+        _state.users.pop(self, None)
+        _state.adapt()
 
 
 def instrument_gauges(
@@ -63,9 +66,9 @@ def instrument_gauges(
 ) -> Gauges:
     """Tell host and GPU figures by observable instruments, on the semantic conventions' names.
 
-    They are read in the background by one thread of the process, however many providers and
-    readers there are. Figures that cannot be had are absent. Host figures stay off while
-    OpenTelemetry's own system-metrics instrumentation is active.
+    They are read in the background by a thread for each source, however many providers and readers
+    there are. Figures that cannot be had are absent. Host figures stay off while OpenTelemetry's
+    own system-metrics instrumentation is active.
 
     Args:
         meter_provider: Where the metrics go; the global provider by default.
@@ -89,23 +92,26 @@ def instrument_gauges(
         raise ValueError(f"gauges={gauges!r}") from error
     if not 0.1 <= interval <= 86_400:
         raise ValueError(f"interval={interval!r}: expected seconds from 0.1 to 86400")
-    wanted = chosen & _FIGURES.keys()
-    with _state.lock:
-        instruments = _state.instruments_on(meter_provider)
-        handle = Gauges(instruments, wanted)
-        _state.users.add(handle)
-        instruments.users.add(handle)
-        sampler = _state.sampler_of(wanted, interval, per_cpu=GAUGE_PER_CPU in chosen)
-    if wanted:
-        sampler.start()
-    instruments.make(wanted)
+    instruments = _state.instruments_on(None if is_proxy(meter_provider) else meter_provider)
+    if instruments.are_disabled:
+        return Gauges(instruments, frozenset(), interval)
+    handle = Gauges(instruments, chosen, interval)
+    instruments.make(handle.wanted)
+    instruments.users[handle] = _state.users[handle] = None
+    try:
+        _state.adapt()
+    except BaseException:
+        handle.close()
+        raise
+    if GAUGE_HOST in chosen:
+        _state.contrib_is_active()  # to say so now
     return handle
 
 
 def get_system_stats(timeout: float = 1.0) -> SystemStats | None:
     """Return the latest figures of the host and this process.
 
-    Where nothing samples them yet, that begins now.
+    Where nothing samples them yet, that begins now, and ends a minute after nobody asks any more.
 
     Args:
         timeout: Seconds to wait at most for the first reading.
@@ -124,7 +130,7 @@ def get_system_stats(timeout: float = 1.0) -> SystemStats | None:
 def get_gpu_stats(timeout: float = 1.0) -> GpuStats | None:
     """Return the latest figures of all GPUs, and what keeps them from being read.
 
-    Where nothing samples them yet, that begins now.
+    Where nothing samples them yet, that begins now, and ends a minute after nobody asks any more.
 
     Args:
         timeout: Seconds to wait at most for the first reading.
@@ -141,17 +147,17 @@ def get_gpu_stats(timeout: float = 1.0) -> GpuStats | None:
 
 
 def _stats(part: str, timeout: float) -> object | None:
-    with _state.lock:
-        sampler = _state.sampler_of({part}, None, per_cpu=False)
+    _state.asked[part] = time.monotonic()
+    sampler = _state.sampler_of(part)
     sampler.start()
-    return sampler.wait_for(part, timeout)
+    return sampler.wait(timeout)
 
 
 class Condition(NamedTuple):
-    """How the sampler is."""
+    """How sampling goes."""
 
     parts: tuple[str, ...]
-    """What it reads."""
+    """What is read."""
     hanging: tuple[str, ...]
     """What does not come back from being read."""
     problem: GpuProblem | None
@@ -159,33 +165,48 @@ class Condition(NamedTuple):
 
 
 def condition() -> Condition | None:
-    """Return how the sampler is; None if there is none."""
-    sampler = _state.sampler
-    if sampler is None:
+    """Return how sampling goes; None where nothing is read."""
+    running = {name: one for name, one in _state.samplers.items() if one.alive}
+    if not running:
         return None
-    stats = cast("GpuStats | None", sampler.latest(GAUGE_GPU)) if sampler.has(GAUGE_GPU) else None
+    hanging = tuple(name for name, one in running.items() if one.hangs)
+    gpu = running.get(GAUGE_GPU)
+    stats = None if gpu is None else cast("GpuStats | None", gpu.latest())
     problem = None if stats is None else stats.problem
     if problem is not None and problem.reason in NOT_INSTALLED:
         problem = None
-    return Condition(sampler.part_names, tuple(sorted(sampler.hanging)), problem)
+    return Condition(tuple(running), hanging, problem)
 
 
 class _Instruments:
-    """The instruments of one meter: made once, silent while nobody wants them."""
+    """The instruments of one meter: made once, silent while nobody wants them.
+
+    Args:
+        meter: Where they are made.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
+        self._lock = threading.RLock()
         self._made: set[str] = set()
-        self.users: set[Gauges] = set()
+        self.users: dict[Gauges, None] = {}
+
+    @property
+    def are_disabled(self) -> bool:
+        """Whether whatever is told here goes nowhere (OTEL_SDK_DISABLED)."""
+        return isinstance(self._meter, metrics.NoOpMeter)
 
     def make(self, wanted: Iterable[str]) -> None:
         """Make the instruments of these parts, as far as they are not made yet."""
-        for part in wanted:
-            with _state.lock:
-                new = part not in self._made
-                self._made.add(part)
-            for figure in _FIGURES[part] if new else ():
+        with self._lock:
+            for part in wanted:
+                self._make_part(part)
+
+    def _make_part(self, part: str) -> None:
+        for figure in _FIGURES[part]:
+            if figure.metric.name not in self._made:
                 self._make(part, figure)
+                self._made.add(figure.metric.name)
 
     def _make(self, part: str, figure: Figure) -> None:
         create = {
@@ -203,88 +224,126 @@ class _Instruments:
 
         def callback(_options: CallbackOptions) -> Iterable[Observation]:
             try:
-                if not any(part in user.wanted for user in tuple(self.users)):
+                users = [one for one in self._all_users() if part in one.wanted]
+                stats = _state.latest(part) if users else None
+                if stats is None:
                     return ()
-                stats = _state.latest(part)
-                return () if stats is None else list(figure.observe(stats))
+                if part == GAUGE_HOST and not any(one.per_cpu for one in users):
+                    stats = cast("SystemStats", stats)._replace(cpus=())
+                return list(figure.observe(stats))
             except Exception as error:  # noqa: BLE001
                 guard.report(f"observing {figure.metric.name}", error)
                 return ()
 
         return callback
 
+    def _all_users(self) -> tuple[Gauges, ...]:
+        """Return whoever wants figures on this provider, also as the global one.
+
+        The SDK gives instruments that were made a second time no callbacks of their own.
+        """
+        before = _state.on_proxy
+        if before is None or before is self or not _state.is_global(self):
+            return tuple(self.users)
+        return (*self.users, *before.users)
+
 
 class _State:
     """What a process has one of."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.users: set[Gauges] = set()
-        self._sampler: Sampler | None = None
-        self._host: HostReader | None = None
-        self._on_proxy: _Instruments | None = None
-        self._instruments: weakref.WeakKeyDictionary[MeterProvider, _Instruments] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._lock = threading.RLock()  # a signal handler may come in between
+        self.users: dict[Gauges, None] = {}
+        self.asked: dict[str, float] = {}
+        """When somebody has last asked for the stats of a part."""
+        self.samplers: dict[str, Sampler] = {}
+        self.on_proxy: _Instruments | None = None
+        self._instruments: WeakKeyDictionary[MeterProvider, _Instruments] = WeakKeyDictionary()
+        self._of_unkeyable: dict[int, tuple[MeterProvider, _Instruments]] = {}
         self._contrib_was_active = False
 
-    def sampler_of(
-        self, wanted: Iterable[str], interval: float | None, *, per_cpu: bool
-    ) -> Sampler:
-        """Return the sampler, which reads these parts; the caller holds the lock."""
-        sampler = self._sampler
-        if sampler is None:
-            sampler = self._sampler = Sampler(INTERVAL if interval is None else interval)
-            atexit.unregister(_at_exit)
-            atexit.register(_at_exit)
-        elif interval is not None:
-            sampler.interval = min(sampler.interval, interval)
-        if GAUGE_HOST in wanted and self._host is None:
-            self._host = HostReader()
-            sampler.add(self._host)
-        if per_cpu and self._host is not None:
-            self._host.per_cpu = True
-        if GAUGE_GPU in wanted and not sampler.has(GAUGE_GPU):
-            sampler.add(GpuReader(NvmlBackend()))
-        return sampler
+    def sampler_of(self, part: str) -> Sampler:
+        """Return what reads a part; it is made once."""
+        known = self.samplers.get(part)
+        if known is not None:
+            return known
+        # Not under the lock: pynvml and psutil are imported for it. In the caller's thread, since
+        # a child that is forked in the middle of a thread's import waits for ever for its lock.
+        source = HostReader() if part == GAUGE_HOST else GpuReader(NvmlBackend())
+        sampler = Sampler(source, is_wanted=lambda: self._is_wanted(part))
+        with self._lock:
+            if not self.samplers:
+                atexit.register(_at_exit)
+            return self.samplers.setdefault(part, sampler)
 
-    @property
-    def sampler(self) -> Sampler | None:
-        """The sampler, if there is one."""
-        return self._sampler
+    def adapt(self) -> None:
+        """Read what is wanted, as often as it is wanted, and nothing else."""
+        for part in _FIGURES:
+            users = [one for one in tuple(self.users) if part in one.wanted]
+            if users:
+                sampler = self.sampler_of(part)
+                sampler.interval = min(one.interval for one in users)
+                if isinstance(sampler.source, HostReader):
+                    sampler.source.per_cpu = any(one.per_cpu for one in users)
+                sampler.start()
+            elif (known := self.samplers.get(part)) is not None:
+                known.interval = INTERVAL
+                if not self._is_wanted(part):
+                    known.stop()
 
-    def take_sampler(self) -> Sampler | None:
-        """Return the sampler, to be stopped; the caller holds the lock."""
-        sampler, self._sampler, self._host = self._sampler, None, None
-        return sampler
+    def _is_wanted(self, part: str) -> bool:
+        asked = self.asked.get(part)
+        if asked is not None and time.monotonic() - asked < IDLE:
+            return True
+        return any(part in one.wanted for one in tuple(self.users))
 
-    def latest(self, part: str) -> object | None:
+    def latest(self, part: str) -> Any:
         """Return what is to be told of a part now."""
-        sampler = self._sampler
-        if sampler is None or (part == GAUGE_HOST and self._contrib_is_active()):
+        sampler = self.samplers.get(part)
+        if sampler is None or (part == GAUGE_HOST and self.contrib_is_active()):
             return None
-        return sampler.latest(part)
+        return sampler.latest()
 
     def instruments_on(self, provider: MeterProvider | None) -> _Instruments:
         """Return the instruments of a provider: they may be made only once on each."""
         in_use = global_meter_provider()
         real = in_use if provider is None else provider
-        known = None if real is None else self._instruments.get(real)
+        known = self._known(real)
         if known is None and (real is None or real is in_use):
-            known = self._on_proxy  # made before there was a global provider
-        if known is None:
-            known = _Instruments(
-                metrics.get_meter(
-                    names.SCOPE, __version__, meter_provider=real, schema_url=names.SCHEMA_URL
-                )
-            )
-            if real is None:
-                self._on_proxy = known
-            else:
-                self._instruments[real] = known
-        return known
+            known = self.on_proxy  # made before there was a global provider
+        if known is not None:
+            return known
+        meter = metrics.get_meter(
+            names.SCOPE, __version__, meter_provider=real, schema_url=names.SCHEMA_URL
+        )
+        with self._lock:
+            return self._known(real) or self._keep(_Instruments(meter), real)
 
-    def _contrib_is_active(self) -> bool:
+    def is_global(self, instruments: _Instruments) -> bool:
+        """Whether they are those of the provider that is the global one by now."""
+        provider = global_meter_provider()
+        return provider is not None and self._known(provider) is instruments
+
+    def _known(self, provider: MeterProvider | None) -> _Instruments | None:
+        if provider is None:
+            return self.on_proxy
+        try:
+            return self._instruments.get(provider)
+        except TypeError:  # it cannot be hashed, or referred to weakly
+            known = self._of_unkeyable.get(id(provider))
+            return None if known is None else known[1]
+
+    def _keep(self, made: _Instruments, provider: MeterProvider | None) -> _Instruments:
+        if provider is None:
+            self.on_proxy = made
+            return made
+        try:
+            self._instruments[provider] = made
+        except TypeError:
+            self._of_unkeyable[id(provider)] = (provider, made)
+        return made
+
+    def contrib_is_active(self) -> bool:
         """Whether OpenTelemetry's own instrumentation tells the same, by older names."""
         active = _instrumented_by_contrib()
         if active and not self._contrib_was_active:
@@ -296,8 +355,8 @@ class _State:
         return active
 
     def after_fork(self) -> None:
-        """Start anew in the child; the sampler sees to itself."""
-        self.lock = threading.Lock()
+        """Start anew in the child; the samplers see to themselves."""
+        self._lock = threading.RLock()
 
 
 def _instrumented_by_contrib() -> bool:
@@ -311,11 +370,11 @@ _state = _State()
 
 
 def _at_exit() -> None:
-    """End the thread before the C library's own end, which a call into a driver may not survive."""
-    with guard.contained("end of the gauges"):
-        sampler = _state._sampler
-        if sampler is not None:
-            sampler.stop()
+    """End the threads before the C library's end, which a call into a driver may not survive."""
+    deadline = time.monotonic() + STOP_WAIT
+    for sampler in _state.samplers.values():
+        with guard.contained("end of the gauges"):
+            sampler.stop(max(0.0, deadline - time.monotonic()))
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,14 +1,15 @@
-"""One thread reads everything; whoever wants a figure gets what was read last.
+"""Reads a source every few seconds, in a thread of its own; whoever wants a figure has the latest.
 
-A call into a GPU driver may hang for ever. The thread that made it is then left behind, and
-another goes on without that part, until the call returns after all. Nobody ever waits for a
-reading: not a callback, not the end of the process, and a fork only for a moment.
+A call into a GPU driver, or to a file system whose server is away, may hang for ever. Nobody waits
+for it: not a callback, not the end of the process, not another source, and a fork only for a
+moment. What is known to hang is told as such, until the call returns after all.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from periscope_otel import guard
 from periscope_otel.telemetry.export import ForkGate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 logger = logging.getLogger("periscope_otel")
 
@@ -34,18 +35,21 @@ LEAST_PATIENCE = 2.0
 """Seconds that are not too long in any case: a busy machine delays threads by as much."""
 FORK_WAIT = 0.05
 """Seconds that a fork waits at most for the reading that is under way."""
-LOOK_INTERVAL = 0.05
+LOOK_INTERVAL = 0.01
 """Seconds between two looks of somebody who waits for a reading."""
 STOP_WAIT = 0.2
 """Seconds that the end waits at most for the reading that is under way."""
+QUIET = 3600.0
+"""Seconds for which it is not said again that a source hangs."""
 
 
-class Part(Protocol):
-    """Something that the sampler reads."""
+class Source(Protocol):
+    """Something that can be read. Its calls come from one thread at a time."""
 
-    name: str
-    may_hang: bool
-    """Whether to read it after the others, so that these have been read when it hangs."""
+    @property
+    def name(self) -> str:
+        """What it is called in log lines."""
+        ...
 
     def read(self, slow: bool) -> object:
         """Return an immutable reading.
@@ -56,105 +60,112 @@ class Part(Protocol):
         ...
 
     def left_behind(self) -> object | None:
-        """Return what is to be told while a reading hangs; None for nothing."""
+        """Return what is to be told while a reading hangs; None for nothing. Any thread asks."""
         ...
 
     def close(self) -> None:
-        """Let go of what it holds; called by the sampler's thread."""
+        """Let go of what it holds; it may be read again afterwards."""
 
     def after_fork(self) -> None:
         """Start anew in the child of a fork."""
 
 
-class Reading(NamedTuple):
-    """What one part said, and when on the sampler's clock."""
-
+class _Reading(NamedTuple):
     said: object
     at: float
+    """When it came back, on the sampler's clock."""
 
 
-class Beat:
-    """One thread's turn as the sampler."""
+class _Turn:
+    """One thread's work."""
 
     def __init__(self) -> None:
-        self.wake = threading.Event()
-        self.stopping = False
+        # A SimpleQueue, since a signal handler may put into it wherever its thread is.
+        self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.gate = ForkGate()
         self.thread: threading.Thread | None = None
-        self.reading: tuple[str, float] | None = None
-        """The part that is being read and since when."""
-        self.left_behind = False
+        self.reading_since: float | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its thread has died, by an exception that nobody may contain."""
+        thread = self.thread
+        return thread is not None and thread.ident is not None and not thread.is_alive()
 
 
 class Sampler:
-    """Reads its parts every interval, in one daemon thread; for one start and one stop.
+    """Reads one source every interval while it is started, in a daemon thread.
 
     Args:
+        source: What to read.
         interval: Seconds between two readings.
         clock: Monotonic seconds.
+        is_wanted: Asked before each reading but the first; where it says no, the thread ends.
     """
 
     def __init__(
-        self, interval: float = INTERVAL, clock: Callable[[], float] = time.monotonic
+        self,
+        source: Source,
+        interval: float = INTERVAL,
+        clock: Callable[[], float] = time.monotonic,
+        is_wanted: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.interval = interval
+        self.source = source
+        self._interval = interval
         self._clock = clock
-        self._parts: dict[str, Part] = {}
-        self._wanted = False
+        self._is_wanted = is_wanted
+        self._started = False
+        self._said_at: float | None = None
         self.readings = 0
-        """How often everything was read, in this process."""
+        """How often the source was read, in this process."""
         self._reset()
         _samplers.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._published = threading.Condition()
-        self._beat: Beat | None = None
-        self._snapshot: Mapping[str, Reading] = {}
-        self._hanging: frozenset[str] = frozenset()
+        self._lock = threading.RLock()  # a signal handler may come in between
+        self._turn: _Turn | None = None
+        self._latest: _Reading | None = None
         self._slow_due = 0.0
         self._forking: dict[int, ForkGate] = {}
         """The gates that forks have closed, by the thread that forks."""
+        self._told_hanging = False
+
+    @property
+    def interval(self) -> float:
+        """Seconds between two readings."""
+        return self._interval
+
+    @interval.setter
+    def interval(self, seconds: float) -> None:
+        sooner = seconds < self._interval
+        self._interval = seconds
+        if sooner:
+            self.wake()
 
     @property
     def patience(self) -> float:
         """Seconds after which a reading is too old, or taken to hang."""
-        return max(STALE_AFTER * self.interval, LEAST_PATIENCE)
+        return max(STALE_AFTER * self._interval, LEAST_PATIENCE)
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs."""
-        thread = None if self._beat is None else self._beat.thread
-        return thread is not None and thread.is_alive()
-
-    def add(self, part: Part) -> None:
-        """Read `part` too from now on; does nothing if there is one of its name."""
-        if part.name not in self._parts:
-            parts = sorted([*self._parts.values(), part], key=lambda one: one.may_hang)
-            self._parts = {one.name: one for one in parts}
-            if self._beat is not None:
-                self._beat.wake.set()
+        """Whether its thread runs and is to go on."""
+        turn = self._turn
+        thread = None if turn is None else turn.thread
+        return self._started and thread is not None and thread.is_alive()
 
     @property
-    def part_names(self) -> tuple[str, ...]:
-        """What it reads."""
-        return tuple(self._parts)
-
-    @property
-    def hanging(self) -> frozenset[str]:
-        """What does not come back from being read."""
-        return self._hanging
-
-    def has(self, name: str) -> bool:
-        """Whether there is a part of this name."""
-        return name in self._parts
+    def hangs(self) -> bool:
+        """Whether a reading takes longer than it may."""
+        since = None if self._turn is None else self._turn.reading_since
+        return since is not None and self._clock() - since > self.patience
 
     def start(self) -> None:
-        """Start the thread; does nothing where it runs already."""
-        self._wanted = True
+        """Read from now on; does nothing where that goes on already."""
         with self._lock:
-            if self._beat is None:
-                self._start_beat()
+            self._started = True
+            if self._turn is None or self._turn.is_over:
+                self._begin()
 
     def stop(self, timeout: float = STOP_WAIT) -> bool:
         """End the thread after what it is reading.
@@ -165,142 +176,140 @@ class Sampler:
         Returns:
             Whether it has ended.
         """
-        self._wanted = False
         with self._lock:
-            beat, self._beat = self._beat, None
-        if beat is None or beat.thread is None:
+            self._started = False
+            turn = self._turn
+        self.wake()
+        if turn is None:
             return True
-        beat.stopping = True
-        beat.wake.set()
-        if beat.thread is not threading.current_thread():
-            beat.thread.join(timeout)
-        return not beat.thread.is_alive()
+        thread = turn.thread
+        if thread is None or thread.ident is None or thread is threading.current_thread():
+            return False  # it ends as soon as it runs, or comes back here
+        thread.join(timeout)
+        return not thread.is_alive()
 
-    def latest(self, name: str) -> object | None:
-        """Return what a part said last; None if it has not, or too long ago. Never waits."""
-        beat = self._beat
-        if beat is None:
-            self._start_again()
-        else:
-            self._leave_what_hangs(beat)
-        if name in self._hanging:
-            part = self._parts.get(name)
-            return None if part is None else part.left_behind()
-        reading = self._snapshot.get(name)
+    def wake(self) -> None:
+        """Have it read at once."""
+        turn = self._turn
+        if turn is not None:
+            turn.wake.put(None)
+
+    def latest(self) -> object | None:
+        """Return what the source said last; None if it has not, or too long ago. Never waits."""
+        if not self._started:
+            return None
+        turn = self._turn
+        if turn is None or turn.is_over:  # in the child of a fork, or its thread has died
+            self.start()
+        if self.hangs:
+            self._say_that_it_hangs()
+            return self.source.left_behind()
+        reading = self._latest
         if reading is None or self._clock() - reading.at > self.patience:
             return None
         return reading.said
 
-    def wait_for(self, name: str, timeout: float) -> object | None:
+    def wait(self, timeout: float) -> object | None:
         """Return the same, waiting up to `timeout` seconds until there is something to tell."""
         deadline = time.monotonic() + timeout
-        while (said := self.latest(name)) is None:
+        while (said := self.latest()) is None:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 return None
-            with self._published:
-                # No longer at once: it is looking that notices a reading that hangs.
-                self._published.wait(min(remaining, LOOK_INTERVAL))
+            time.sleep(min(remaining, LOOK_INTERVAL))
         return said
-
-    def read_all(self, beat: Beat) -> None:
-        """Read every part that does not hang, and publish each."""
-        now = self._clock()
-        slow = now >= self._slow_due
-        if slow:
-            self._slow_due = now + max(SLOW_INTERVAL, self.interval)
-        for name, part in self._parts.items():
-            if name in self._hanging:
-                continue
-            self._read(beat, name, part, slow)
-            if beat.left_behind:
-                self._came_back(name)
-                return
-        self.readings += 1
-
-    def _read(self, beat: Beat, name: str, part: Part, slow: bool) -> None:
-        with beat.gate:
-            beat.reading = (name, self._clock())
-            try:
-                with guard.contained(f"reading {name} figures"):
-                    said = part.read(slow)
-                    if not beat.left_behind and not beat.stopping:
-                        self._publish(name, Reading(said, self._clock()))
-            finally:
-                beat.reading = None
-
-    def _publish(self, name: str, reading: Reading) -> None:
-        with self._published:
-            self._snapshot = {**self._snapshot, name: reading}
-            self._published.notify_all()
 
     # The thread.
 
-    def _start_beat(self) -> None:
+    def _begin(self) -> None:
         """Start a thread; the caller holds the lock."""
-        beat = Beat()
-        beat.thread = threading.Thread(
-            target=self._run, args=(beat,), name="periscope-gauges", daemon=True
+        turn = self._turn = _Turn()
+        turn.thread = threading.Thread(
+            target=self._run, args=(turn,), name=f"periscope-{self.source.name}", daemon=True
         )
         try:
-            beat.thread.start()
-        except RuntimeError:
-            return  # the interpreter is ending
-        self._beat = beat
+            turn.thread.start()
+        except RuntimeError:  # no more threads, or the interpreter is ending
+            self._turn = None
 
-    def _run(self, beat: Beat) -> None:
-        pause = min(FIRST_PAUSE, self.interval)
-        while not beat.stopping and not beat.left_behind:
-            self.read_all(beat)
-            beat.wake.wait(pause)
-            beat.wake.clear()
-            pause = self.interval
-        if not beat.left_behind:
-            for name, part in self._parts.items():
-                if name not in self._hanging:  # where another thread is still inside
-                    with guard.contained(f"closing {name} figures"):
-                        part.close()
+    def _run(self, turn: _Turn) -> None:
+        pause = min(FIRST_PAUSE, self._interval)
+        while True:
+            self.read_once(turn)
+            _wait(turn.wake, pause)
+            if self._is_over(turn):
+                return
+            pause = self._interval
 
-    def _start_again(self) -> None:
-        """In the child of a fork: start the thread when somebody first wants a figure."""
-        if self._wanted:
-            with self._lock:
-                if self._wanted and self._beat is None:
-                    self._start_beat()
+    def read_once(self, turn: _Turn) -> None:
+        """Read the source, and keep what it says."""
+        began = self._clock()
+        slow = began >= self._slow_due
+        if slow:
+            self._slow_due = began + max(SLOW_INTERVAL, self._interval)
+        name = self.source.name
+        with turn.gate:
+            turn.reading_since = began
+            try:
+                with guard.contained(f"reading {name} figures"):
+                    said = self.source.read(slow)
+                    self._latest = _Reading(said, self._clock())
+            finally:
+                turn.reading_since = None
+        self.readings += 1
+        if self._told_hanging:
+            self._told_hanging = False
+            if self._started:
+                logger.info("reading the %s figures works again", name)
 
-    def _leave_what_hangs(self, beat: Beat) -> None:
-        reading = beat.reading
-        if reading is None or self._clock() - reading[1] <= self.patience:
+    def _is_over(self, turn: _Turn) -> bool:
+        """Whether nobody wants more; the source is closed then."""
+        with self._lock:
+            self._started = self._started and self._is_wanted()
+            if self._started:
+                return False
+            self._latest = None
+        self._close_source(turn)
+        with self._lock:
+            if self._started:  # again, while it was being closed
+                return False
+            if self._turn is turn:
+                self._turn = None
+            return True
+
+    def _close_source(self, turn: _Turn) -> None:
+        self._slow_due = 0.0
+        turn.reading_since = self._clock()  # it may hang as well
+        try:
+            with guard.contained(f"closing {self.source.name} figures"):
+                self.source.close()
+        finally:
+            turn.reading_since = None
+
+    def _say_that_it_hangs(self) -> None:
+        now = self._clock()
+        if self._told_hanging:
             return
-        with self._lock:
-            if self._beat is not beat or beat.reading != reading:
-                return  # another thread was first, or it has just come back
-            beat.left_behind = True
-            self._hanging |= {reading[0]}
-            self._start_beat()
-        logger.warning(
-            "reading the %s figures hangs since %.0f s: the thread that does is left behind, and "
-            "figures of %s are absent until it comes back",
-            reading[0],
-            self._clock() - reading[1],
-            reading[0],
-        )
-
-    def _came_back(self, name: str) -> None:
-        with self._lock:
-            self._hanging -= {name}
-        logger.info("reading the %s figures works again", name)
+        self._told_hanging = True
+        if self._said_at is None or now - self._said_at >= QUIET:
+            self._said_at = now
+            logger.warning(
+                "reading the %s figures has not come back for %.0f s: they are absent until it "
+                "does, and it is not waited for",
+                self.source.name,
+                self.patience,
+            )
 
     # Forks.
 
     def before_fork(self) -> None:
         """Let the reading that is under way end, unless it takes longer than a fork may wait."""
-        beat = self._beat
-        if beat is not None:
-            reading = beat.reading
-            since = self._clock() if reading is None else reading[1]
-            self._forking[threading.get_ident()] = beat.gate
-            beat.gate.before_fork(time.monotonic() + FORK_WAIT - (self._clock() - since))
+        turn = self._turn
+        if turn is not None:
+            since = turn.reading_since
+            taken = 0.0 if since is None else self._clock() - since
+            self._forking[threading.get_ident()] = turn.gate
+            turn.gate.before_fork(time.monotonic() + FORK_WAIT - taken)
 
     def after_fork_in_parent(self) -> None:
         """Let readings begin again."""
@@ -311,10 +320,20 @@ class Sampler:
     def after_fork_in_child(self) -> None:
         """Forget the parent's thread and readings; one of its own starts when it is wanted."""
         self.readings = 0
+        self._said_at = None
         self._reset()
-        for part in self._parts.values():
-            with guard.contained(f"{part.name} figures after fork"):
-                part.after_fork()
+        with guard.contained(f"{self.source.name} figures after fork"):
+            self.source.after_fork()
+
+
+def _wait(wake: queue.SimpleQueue[None], seconds: float) -> None:
+    """Wait until somebody wakes the thread, and take all that woke it since."""
+    try:
+        wake.get(timeout=seconds)
+        while True:
+            wake.get_nowait()
+    except queue.Empty:
+        return
 
 
 _samplers: weakref.WeakSet[Sampler] = weakref.WeakSet()

@@ -144,6 +144,11 @@ def global_meter_provider() -> MeterProvider | None:
     return None if metrics_api._METER_PROVIDER is None else provider
 
 
+def is_proxy(provider: object) -> bool:
+    """Whether it is the API's stand-in for a meter provider that will be set later."""
+    return isinstance(provider, metrics_api._ProxyMeterProvider)
+
+
 def telemetry_on(
     tracer_provider: TracerProvider | None = None,
     meter_provider: MeterProvider | None = None,

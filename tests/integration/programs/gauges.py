@@ -30,12 +30,14 @@ def stub(function, *arguments):
 
 
 def readings(count):
-    """Wait until so many more readings have been taken."""
-    wanted = _state._sampler.readings + count
+    """Wait until so many more readings have been taken of each source that does not hang."""
+    wanted = {one: one.readings + count for one in _state.samplers.values()}
     end = time.monotonic() + 30
-    while _state._sampler.readings < wanted and time.monotonic() < end:
+    while time.monotonic() < end and any(
+        one.readings < number for one, number in wanted.items() if one.alive and not one.hangs
+    ):
         time.sleep(0.01)
-    return _state._sampler.readings
+    return [one.readings for one in wanted]
 
 
 def flush():
@@ -80,8 +82,9 @@ def fork():
 
 
 def close():
+    again.close()
     periscope.shutdown()
-    return _state._sampler is None
+    return [name for name, one in _state.samplers.items() if one.alive]
 
 
 lines = Lines()
@@ -90,7 +93,7 @@ logging.getLogger("periscope_otel").setLevel(logging.INFO)
 runtime = periscope.configure(**json.loads(sys.argv[1]))
 if runtime.settings.gauges:
     # The same gauges once more, at a shorter interval.
-    periscope.instrument_gauges(
+    again = periscope.instrument_gauges(
         meter_provider=runtime.meter_provider, gauges=runtime.settings.gauges, interval=0.1
     )
 print(runtime.server.port if runtime.server else 0)
