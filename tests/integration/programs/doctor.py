@@ -6,12 +6,14 @@ that it writes is the port of its page.
 """
 
 import ctypes
+import itertools
 import json
 import logging
 import multiprocessing
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from opentelemetry import metrics, trace
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
@@ -33,6 +35,7 @@ from periscope_otel.resilience.breaker import breakers
 FAILED = Failure("error", "ConnectTimeout", "failure", retryable=True)
 ONCE_AN_HOUR = 3_600_000
 kept = []
+numbers = itertools.count()
 
 
 def tracers(*processors, sampler=None):
@@ -126,6 +129,36 @@ def examine_in_child():
     return told
 
 
+def examine_at_once(count):
+    """Examine in several threads at the same time; returns how many findings each has got."""
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(len, pool.map(lambda _: examine(10.0), range(count))))
+
+
+def examine_while_busy(count):
+    """Examine while other threads compute; returns what went wrong in those."""
+    done, wrong = threading.Event(), []
+
+    def compute():
+        while not done.is_set():
+            try:
+                assert sum(tuple(one for one in range(500))) == 124_750
+            except BaseException as error:
+                wrong.append(repr(error))
+
+    threads = [threading.Thread(target=compute) for _ in range(2)]
+    for one in threads:
+        one.start()
+    try:
+        for _ in range(count):
+            examine(10.0)
+    finally:
+        done.set()
+        for one in threads:
+            one.join()
+    return wrong
+
+
 def more_providers():
     """Make a provider of each kind that nobody knows of, and keep it."""
     tracers()
@@ -153,9 +186,9 @@ def letters(count):
     def store(url):
         raise ValueError("as told")
 
-    for number in range(count):
+    for _ in range(count):
         try:
-            store(f"http://malware.example/{number}")
+            store(f"http://malware.example/{next(numbers)}")
         except ValueError:
             continue
 
@@ -240,9 +273,9 @@ print(runtime.server.port if runtime.server else 0, flush=True)
 commands = {
     one.__name__: one
     for one in (
-        *(examine, examine_in_child, more_providers, work, spans, exported, letters),
-        *(lose_letters, internal_error, open_breaker, start_method, instrument),
-        *(begin_journalled, faster_gauges, stub, logs),
+        *(examine, examine_in_child, examine_at_once, examine_while_busy, more_providers),
+        *(work, spans, exported, letters, lose_letters, internal_error, open_breaker),
+        *(start_method, instrument, begin_journalled, faster_gauges, stub, logs),
     )
 }
 for line in sys.stdin:
