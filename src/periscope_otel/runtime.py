@@ -7,40 +7,33 @@ import os
 import sys
 import threading
 import time
-import weakref
-from functools import cached_property
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
-from opentelemetry import metrics, trace
+from opentelemetry import metrics
 
 from periscope_otel import guard
 from periscope_otel.dead_letter.in_use import in_use, options_of
 from periscope_otel.operation import Operation
-from periscope_otel.report import ExportReport, SignalReport
+from periscope_otel.report import ExportReport
 from periscope_otel.resilience import wiring
 from periscope_otel.resilience.breaker import breakers as all_breakers
 from periscope_otel.resilience.pausing import resumed, shutting_down
 from periscope_otel.settings import Settings, differences, load
-from periscope_otel.telemetry import pipeline
 from periscope_otel.telemetry.current import (
     Telemetry,
     current,
-    global_meter_provider,
-    global_tracer_provider,
     telemetry_on,
 )
-from periscope_otel.telemetry.export import FORK_WAIT, CountedSpanProcessor, ForkGate
-from periscope_otel.telemetry.lifecycle import ExitHooks, Flushable, FlushThread, flush_all
+from periscope_otel.telemetry.export import FORK_WAIT, ForkGate
+from periscope_otel.telemetry.lifecycle import ExitHooks, Flushable, flush_all
 from periscope_otel.telemetry.prometheus import PrometheusPage
-from periscope_otel.telemetry.reader import ExportingReader
+from periscope_otel.telemetry.providers import Providers
 from periscope_otel.telemetry.worker import worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from opentelemetry.metrics import MeterProvider
-    from opentelemetry.sdk.metrics.export import MetricReader
-    from opentelemetry.sdk.resources import Resource
     from opentelemetry.trace import TracerProvider
 
     from periscope_otel.dead_letter.loss import OnLost
@@ -54,8 +47,6 @@ if TYPE_CHECKING:
     from periscope_otel.server import Server
 
 logger = logging.getLogger("periscope_otel")
-
-_Provider = TypeVar("_Provider")
 
 
 class Runtime:
@@ -82,17 +73,10 @@ class Runtime:
     ) -> None:
         self.settings = settings
         self.given = (tracer_provider, meter_provider)
-        self.tracer_provider = tracer_provider or _usable(global_tracer_provider())
-        self.meter_provider = meter_provider or _usable(global_meter_provider())
-        self._owns_meter_provider = self.meter_provider is None
-        self._processors: list[CountedSpanProcessor] = []
-        self._readers: list[ExportingReader] = []
-        self._foreign_readers: list[MetricReader] = []
-        self._flush_threads: list[FlushThread] = []
-        self._page: PrometheusPage | None = None
+        page = None if settings.prometheus is None else PrometheusPage()
+        self._providers = Providers(settings, tracer_provider, meter_provider, page)
         self.server: Server | None = None
         self._gauges: Gauges | None = None
-        self._can_export = True
         self._ending = False
         self._pid = os.getpid()
         self._hooks = ExitHooks(self._end)
@@ -101,23 +85,29 @@ class Runtime:
         self._breaker_spans: BreakerSpanProcessor | None = None
         resumed()
         self._use_dead_letters(on_lost)
-        if settings.prometheus is not None:
-            self._serve(settings.prometheus.host, settings.prometheus.port)
+        if page is not None:
+            self._serve(page)
         try:
             self._share_breakers()
-            self._wire_traces()
-            self._wire_metrics()
+            self._providers.wire_traces()
+            self._drive_breakers()
+            self._providers.wire_metrics()
             self.telemetry = self._use()
         except BaseException:
             self._close_parts(time.monotonic())
             raise
-        self._publish()
+        self._providers.publish()
         self._hooks.install()
 
-    @cached_property
-    def resource(self) -> Resource:
-        """What the telemetry is about."""
-        return pipeline.resource_of(self.settings.service_name)
+    @property
+    def tracer_provider(self) -> TracerProvider | None:
+        """Where spans go; None where they go nowhere."""
+        return self._providers.tracer_provider
+
+    @property
+    def meter_provider(self) -> MeterProvider | None:
+        """Where metrics go; None where they go nowhere."""
+        return self._providers.meter_provider
 
     @property
     def dead_letters(self) -> DeadLetterQueue:
@@ -173,22 +163,7 @@ class Runtime:
 
     def report(self, *, in_time: bool = True) -> ExportReport:
         """Return what has been exported so far, by signal and destination."""
-        signals = [
-            SignalReport(
-                "spans",
-                processor.account.destination,
-                *processor.account.counts(),
-                waiting=processor.waiting,
-            )
-            for processor in self._processors
-        ]
-        signals += [
-            SignalReport(
-                "metric points", reader.account.destination, *reader.account.counts(), waiting=0
-            )
-            for reader in self._readers
-        ]
-        return ExportReport(tuple(signals), in_time)
+        return ExportReport(self._providers.report(), in_time)
 
     def examine(self, timeout: float = 3.0) -> Diagnosis:
         """Say what is well and what is not: settings, providers, servers, devices, losses.
@@ -207,18 +182,20 @@ class Runtime:
 
     # Wiring.
 
-    def _serve(self, host: str, port: int) -> None:
+    def _serve(self, page: PrometheusPage) -> None:
         from periscope_otel.doctor.program import PAGE, ProgramPage, program_findings
         from periscope_otel.server import Page, Server
 
-        self._page = page = PrometheusPage()
+        address = self.settings.prometheus
+        if address is None:
+            return
         inside = ProgramPage(lambda: program_findings(self._program()))
         pages: dict[str, Callable[[str], Page]] = {
             "/metrics": lambda accept: Page(*page.render(accept)),
             "/health": lambda _accept: Page(b"ok\n", "text/plain"),
             PAGE: lambda _accept: Page(inside.render(), "application/json"),
         }
-        self.server = Server(host, port, pages, local=[PAGE])
+        self.server = Server(address.host, address.port, pages, local=[PAGE])
 
     def _program(self) -> Program:
         from periscope_otel.doctor.program import Program
@@ -226,8 +203,8 @@ class Runtime:
         return Program(
             self.tracer_provider,
             self.meter_provider,
-            builds_spans=bool(self._processors),
-            builds_metrics=self._owns_meter_provider,
+            builds_spans=self._providers.builds_spans,
+            builds_metrics=self._providers.builds_metrics,
             drives_breakers=self._breaker_spans is not None,
             report=self.report(),
             instruments=self.telemetry.instruments,
@@ -246,84 +223,14 @@ class Runtime:
         if url is not None and self.settings.breaker_sharing:
             self._sharing = wiring.share(url)
 
-    def _wire_traces(self) -> None:
-        if self.tracer_provider is not None:
-            self._use_foreign("spans", self.tracer_provider)
-            self._drive_breakers(self.tracer_provider)
-            return
-        wanted = pipeline.destinations(
-            "traces", self.settings.otlp_endpoint, self.settings.otlp_protocol
-        )
-        if wanted:
-            self._processors = pipeline.span_processors(wanted)
-            self.tracer_provider = pipeline.build_tracer_provider(self.resource, self._processors)
-            self._drive_breakers(self.tracer_provider)
-            for processor in self._processors:
-                self._flush_threads.append(FlushThread("periscope-spans", processor.force_flush))
-
-    def _drive_breakers(self, provider: TracerProvider) -> None:
-        is_ours, wanted = bool(self._processors), self.settings.breaker_spans
-        if wanted or (wanted is None and is_ours):
+    def _drive_breakers(self) -> None:
+        provider, is_ours = self.tracer_provider, self._providers.builds_spans
+        wanted = self.settings.breaker_spans
+        if provider is not None and (wanted or (wanted is None and is_ours)):
             recorded = self.settings.record_client_spans
             self._breaker_spans = wiring.drive(
                 provider, is_ours=is_ours, record_client_spans=recorded
             )
-
-    def _wire_metrics(self) -> None:
-        if self.meter_provider is not None:
-            self._use_foreign("metrics", self.meter_provider)
-            if self._page is not None:
-                self._add_reader(self.meter_provider, self._page.reader)
-        else:
-            self._build_meter_provider(self.resource, self._page)
-
-    def _publish(self) -> None:
-        """Make what was built here the global providers, so that other libraries use it too."""
-        tracer_provider, meter_provider = self.tracer_provider, self.meter_provider
-        if self._processors and tracer_provider and global_tracer_provider() is None:
-            trace.set_tracer_provider(tracer_provider)
-        if self._owns_meter_provider and meter_provider and global_meter_provider() is None:
-            metrics.set_meter_provider(meter_provider)
-
-    def _build_meter_provider(self, resource: Resource, page: PrometheusPage | None) -> None:
-        wanted = pipeline.destinations(
-            "metrics", self.settings.otlp_endpoint, self.settings.otlp_protocol
-        )
-        if not self._can_export:
-            guard.warn(
-                "fork",
-                "this child was forked in the middle of an export by gRPC, which it cannot use "
-                "therefore: it exports nothing. OTLP over HTTP has no such limit",
-            )
-            wanted = []
-        readers = pipeline.metric_readers(wanted)
-        self._readers = [reader for reader in readers if isinstance(reader, ExportingReader)]
-        self._foreign_readers = [one for one in readers if not isinstance(one, ExportingReader)]
-        self._flush_threads += [
-            FlushThread("periscope-metrics", one.force_flush) for one in self._foreign_readers
-        ]
-        if page is not None:
-            readers.append(page.reader)
-        if readers:
-            self.meter_provider = pipeline.build_meter_provider(resource, readers)
-
-    def _use_foreign(self, what: str, provider: object) -> None:
-        """Flush a provider that is not ours, and never shut it down."""
-        if self.settings.otlp_endpoint is not None:
-            logger.warning(
-                "otlp_endpoint has no effect on %s: %s is set already and used as it is",
-                what,
-                type(provider).__name__,
-            )
-        flush = getattr(provider, "force_flush", None)
-        if flush is not None:
-            self._flush_threads.append(FlushThread(f"periscope-{what}", flush))
-
-    def _add_reader(self, provider: object, reader: MetricReader) -> None:
-        add = getattr(provider, "add_metric_reader", None)
-        if add is None:
-            raise TypeError(f"{type(provider).__name__} takes no further metric reader")
-        add(reader)
 
     def _use(self) -> Telemetry:
         telemetry = telemetry_on(
@@ -332,10 +239,7 @@ class Runtime:
             label_limit=self.settings.label_limit,
             renew=self._renew_after_fork,
         )
-        telemetry.instruments.export_accounts = (
-            *(processor.account for processor in self._processors),
-            *(reader.account for reader in self._readers),
-        )
+        telemetry.instruments.export_accounts = self._providers.accounts
         current.silenced = False
         current.install(telemetry)
         worker.start()
@@ -360,7 +264,7 @@ class Runtime:
 
     def _flushables(self) -> list[Flushable]:
         queue = in_use.opened
-        return [*self._flush_threads, *self._readers, *([] if queue is None else [queue])]
+        return [*self._providers.flushables, *([] if queue is None else [queue])]
 
     # The end.
 
@@ -389,22 +293,7 @@ class Runtime:
         self._hooks.remove()
         if self.server is not None:
             self.server.close()
-            if self._page is not None and not self._owns_meter_provider:
-                remove = getattr(self.meter_provider, "remove_metric_reader", None)
-                if remove is not None:
-                    remove(self._page.reader)
-        if self._processors:
-            _closed_providers.add(self.tracer_provider)
-        if self._owns_meter_provider and self.meter_provider is not None:
-            _closed_providers.add(self.meter_provider)
-        current.silenced = _only_closed_ones(global_tracer_provider(), global_meter_provider())
-        closers: list[Callable[[], object]] = [reader.stop for reader in self._readers]
-        closers += [reader.shutdown for reader in self._foreign_readers]
-        closers += [processor.shutdown for processor in self._processors]
-        for close in closers:
-            _run_until(deadline, close)
-        for thread in self._flush_threads:
-            thread.stop()
+        self._providers.close(deadline)
         self._end_breakers(deadline)
         with guard.contained("dead letters"):
             in_use.close(max(0.1, deadline - time.monotonic()))
@@ -433,71 +322,25 @@ class Runtime:
     # The child of a fork.
 
     def gates(self) -> list[ForkGate]:
-        """What a fork waits for; only gRPC needs it."""
-        gates = [one.gate for one in self._processors if one.account.fork_waits]
-        return gates + [one.gate for one in self._readers if one.account.fork_waits]
+        """Return what a fork waits for."""
+        return self._providers.gates()
 
     def after_fork(self) -> None:
         """Put right at once, in the child, what cannot wait for its first operation."""
         self._reset_end()
-        self._can_export = all(gate.child_is_safe for gate in self.gates())
         self._hooks.after_fork()
         if self.server is not None:
             self.server.after_fork()
             self.server = None
-        for reader in self._readers:
-            reader.left_to_the_parent()
-        self._readers = []
-        self._foreign_readers = []
-        if self._processors:
-            pipeline.renew_after_fork(self.tracer_provider)
-        for processor in self._processors:
-            processor.after_fork(usable=self._can_export)
-        for thread in self._flush_threads:
-            thread.restart()
+        self._providers.after_fork()
 
     def _renew_after_fork(self) -> Telemetry:
         """Make the child's own telemetry, on its first operation."""
-        if self._owns_meter_provider:
-            self.meter_provider = None
-            self._build_meter_provider(pipeline.resource_after_fork(self.resource), None)
-            if self.meter_provider is None:
-                # Nothing exports metrics here; the parent's provider must not be used instead.
-                self.meter_provider = metrics.NoOpMeterProvider()
-            current.global_instruments = None
+        self._providers.renew_after_fork()
         self.telemetry = self._use()
         self._hooks.install()
         return self.telemetry
 
-
-def _run_until(deadline: float, close: Callable[[], object]) -> None:
-    """Run `close`, but leave it behind in its thread when the time is up."""
-
-    def run() -> None:
-        with guard.contained("shutdown"):
-            close()
-
-    thread = threading.Thread(target=run, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return  # the interpreter is ending: nothing needs to be closed any more
-    thread.join(max(0.0, deadline - time.monotonic()))
-
-
-def _usable(provider: _Provider | None) -> _Provider | None:
-    """Return a global provider unless it is one of ours that was shut down."""
-    return None if provider in _closed_providers else provider
-
-
-def _only_closed_ones(*providers: object) -> bool:
-    """Whether all global providers are ones that were built here and shut down."""
-    found = [provider for provider in providers if provider is not None]
-    return bool(found) and all(provider in _closed_providers for provider in found)
-
-
-_closed_providers: weakref.WeakSet[object] = weakref.WeakSet()
-"""Providers that were built here and shut down; the API keeps the first global one for ever."""
 
 _lock = threading.Lock()
 _runtime: Runtime | None = None

@@ -46,6 +46,14 @@ class Reader:
         """Return how often a function of NVML was called."""
         return self.stub("calls", function)
 
+    def lack(self, function: str) -> None:
+        """Take a function out of pynvml."""
+        self._ask("lack", function)
+
+    def break_(self, function: str) -> None:
+        """Make a function of pynvml raise what is no error of NVML."""
+        self._ask("break_", function)
+
     def wait(self, seconds: float) -> None:
         """Move the clock."""
         self._ask("wait", seconds)

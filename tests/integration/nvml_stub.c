@@ -6,12 +6,13 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
 
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6,
        INSUFFICIENT_SIZE = 7 };
-enum { GPUS = 2, PARTS = 2, DEVICES = GPUS + PARTS, RULES = 64, NAME = 64 };
+enum { GPUS = 2, PARTS = 2, DEVICES = GPUS + PARTS, RULES = 512, NAME = 64 };
 #define EVERY (-1)
 #ifndef MIG
 #define MIG 0
@@ -40,17 +41,31 @@ static device_t devices[DEVICES] = {
 };
 
 static struct { char function[NAME]; int device, code; unsigned calls; } rules[RULES];
-static int rule_count, mig = MIG, present[GPUS] = {1, 1}, references, field_type = 3;
+static int rule_count, mig = MIG, present[DEVICES] = {1, 1, 1, 1}, references, field_type = 3;
 static pid_t owner;
+static unsigned listed_pid; /* as which this process is listed; 0: as itself */
 static char hanging[NAME];
+static int hanging_device = EVERY;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t released = PTHREAD_COND_INITIALIZER;
+
+/* A full table would answer wrongly without a word. */
+static int new_rule(const char *function, int device) {
+    if (rule_count == RULES) {
+        fprintf(stderr, "nvml_stub: more than %d rules\n", RULES);
+        abort();
+    }
+    snprintf(rules[rule_count].function, NAME, "%s", function);
+    rules[rule_count].device = device;
+    return rule_count++;
+}
 
 /* Counts the call, hangs if it is to, and returns what it is to answer. */
 static int enter(const char *function, int device) {
     int code = SUCCESS, own = 0;
     pthread_mutex_lock(&lock);
-    while (strcmp(hanging, function) == 0) pthread_cond_wait(&released, &lock);
+    while (!strcmp(hanging, function) && (hanging_device == EVERY || hanging_device == device))
+        pthread_cond_wait(&released, &lock);
     for (int i = 0; i < rule_count; i++) {
         if (strcmp(rules[i].function, function) && strcmp(rules[i].function, "*")) continue;
         if (rules[i].device == device) {
@@ -59,12 +74,7 @@ static int enter(const char *function, int device) {
             if (rules[i].code) code = rules[i].code;
         } else if (rules[i].device == EVERY && rules[i].code) code = rules[i].code;
     }
-    if (!own && rule_count < RULES) {
-        snprintf(rules[rule_count].function, NAME, "%s", function);
-        rules[rule_count].device = device;
-        rules[rule_count].code = SUCCESS;
-        rules[rule_count++].calls = 1;
-    }
+    if (!own) rules[new_rule(function, device)].calls = 1;
     pthread_mutex_unlock(&lock);
     if (code) return code;
     /* As the real one: what was opened in the parent of a fork is not open in the child. */
@@ -162,7 +172,8 @@ int nvmlDeviceGetMaxMigDeviceCount(void *handle, unsigned *count) {
 int nvmlDeviceGetMigDeviceHandleByIndex(void *handle, unsigned index, void **part) {
     WHOLE_GPU_CALL(handle);
     /* Instances 0 and 2: there are gaps. */
-    if (!mig || index % 2 || index / 2 >= PARTS) return NOT_FOUND;
+    if (!mig || index % 2 || index / 2 >= PARTS || !present[GPUS + index / 2]) return NOT_FOUND;
+    ENTER(GPUS + (int)index / 2);
     *part = &devices[GPUS + index / 2];
     return SUCCESS;
 }
@@ -308,7 +319,7 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, proce
     *count = there;
     if (there) {
         found[0] = (process_t){1, 4096, 0, 0};
-        found[1] = (process_t){(unsigned)getpid(), d->process_memory, 0, 0};
+        found[1] = (process_t){listed_pid ? listed_pid : (unsigned)getpid(), d->process_memory, 0, 0};
     }
     return SUCCESS;
 }
@@ -319,12 +330,7 @@ void stub_answer(const char *function, int device, int code) {
     pthread_mutex_lock(&lock);
     int i = 0;
     while (i < rule_count && (strcmp(rules[i].function, function) || rules[i].device != device)) i++;
-    if (i < RULES) {
-        snprintf(rules[i].function, NAME, "%s", function);
-        rules[i].device = device;
-        rules[i].code = code;
-        if (i == rule_count) rule_count++;
-    }
+    rules[i == rule_count ? new_rule(function, device) : i].code = code;
     pthread_mutex_unlock(&lock);
 }
 
@@ -337,12 +343,20 @@ unsigned stub_calls(const char *function) {
     return calls;
 }
 
-void stub_hang(const char *function) { /* "" lets all that hang return */
+void stub_hang_on(const char *function, int device) {
     pthread_mutex_lock(&lock);
     snprintf(hanging, NAME, "%s", function);
+    hanging_device = device;
     pthread_cond_broadcast(&released);
     pthread_mutex_unlock(&lock);
 }
+
+/* "" lets all that hang return. */
+void stub_hang(const char *function) { stub_hang_on(function, EVERY); }
+
+/* As other code of the process that lets go of more than it took. */
+void stub_shut_down(void) { references = 0; }
+int stub_references(void) { return references; }
 
 void stub_mig(int on) { mig = on; }
 void stub_present(int device, int there) { present[device] = there; }
@@ -351,6 +365,11 @@ void stub_remapped(int device, int pending, int failure) {
     devices[device].remapped[2] = (unsigned)pending;
     devices[device].remapped[3] = (unsigned)failure;
 }
+void stub_garble(int device) { devices[device].serial = "\xff\xfe"; }
+void stub_pid(unsigned pid) { listed_pid = pid; }
+void stub_power(int device, unsigned milliwatts) { devices[device].power = milliwatts; }
+void stub_memory(int device, unsigned long long used) { devices[device].used = used; }
+void stub_ecc(int device, unsigned long long corrected) { devices[device].ecc[0] = corrected; }
 void stub_io(int device, unsigned long long tx, unsigned long long rx, int type) {
     devices[device].tx = tx;
     devices[device].rx = rx;

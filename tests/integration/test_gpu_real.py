@@ -194,7 +194,7 @@ def test_energy_is_power_over_time(gpus):
 
 @needs_torch
 def test_bytes_over_pcie(gpus):
-    """What is copied to the GPU is counted as received, no less and at most a third more."""
+    """What is copied to the GPU is counted as received, or absent where the counter is narrow."""
     received: dict[int, int] = {}
     with load("idle") as (program, _):
         for gib in (1, 3, 12):
@@ -203,10 +203,12 @@ def test_bytes_over_pcie(gpus):
             assert program.line() == "copied"
             after = whole(gpus.read(True))
             uuid = next(iter(after))
-            if before[uuid].io is None:
-                pytest.skip("this GPU does not count bytes over PCIe")
-            received[gib] = after[uuid].io["receive"] - before[uuid].io["receive"]
-            print(f"{gib} GiB copied: received {received[gib] / GIB:.3f} GiB; {raw} -> {raw_io()}")
+            print(f"{gib} GiB copied: {before[uuid].io} -> {after[uuid].io}; {raw} -> {raw_io()}")
+            if any(code == 0 and kind in (2, 3) for code, kind, _ in raw):
+                received[gib] = after[uuid].io["receive"] - before[uuid].io["receive"]
+            else:
+                assert before[uuid].io is None
+                assert after[uuid].io is None
     for gib, count in received.items():
         assert gib * GIB * 0.99 <= count <= gib * GIB * 4 / 3 + 64 * MIB
 

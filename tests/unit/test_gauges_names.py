@@ -34,6 +34,7 @@ OWN = [
     "periscope.gpu.power.limit",
     "periscope.gpu.clock.speed",
     "periscope.gpu.process.memory.usage",
+    "periscope.gpu.remapped_rows",
 ]
 OWN_ATTRIBUTES = {"periscope.host.load.period", "periscope.gpu.clock.domain"}
 

@@ -20,7 +20,7 @@ from periscope_otel.settings import GAUGE_GPU
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from periscope_otel.gauges.gpu import GpuDevice
+    from periscope_otel.gauges.gpu import GpuDevice, RefusedGpu
     from periscope_otel.gauges.stats import GpuProblem
     from periscope_otel.settings import Settings
 
@@ -53,12 +53,14 @@ def gpu_findings(settings: Settings) -> Iterator[Finding]:
     """Say which GPUs there are, and what keeps them from being read. May hang with the driver."""
     backend = NvmlBackend()
     try:
-        devices = backend.open()
+        found = backend.open()
     except GpuUnavailableError as error:
         yield _of_problem(settings, error.problem)
         return
     try:
-        yield from bounded([_of_device(settings, one) for one in devices])
+        refused = [_of_refused(settings, one) for one in found.refused]
+        devices = [_of_device(settings, one) for one in found.devices]
+        yield from bounded([*refused, *devices])
     finally:
         backend.close()
 
@@ -81,7 +83,7 @@ def _of_device(settings: Settings, device: GpuDevice) -> Finding:
         message, remedy = _STATES[stats.state]
         make = warning if stats.state == DEGRADED else broken
         return make("gpu.devices", f"{named} {message}", remedy)
-    facts = [f"driver {identity.driver_version}"]
+    facts = [f"driver {identity.driver_version or 'unknown'}"]
     if stats.temperature is not None:
         facts.append(f"{stats.temperature:.0f} °C")
     if stats.memory_used is not None and stats.memory_total is not None:
@@ -89,6 +91,11 @@ def _of_device(settings: Settings, device: GpuDevice) -> Finding:
             f"{stats.memory_used / 1e9:.1f} of {stats.memory_total / 1e9:.1f} GB of memory used"
         )
     return ok("gpu.devices", f"{named}: {', '.join(facts)}")
+
+
+def _of_refused(settings: Settings, gpu: RefusedGpu) -> Finding:
+    named = " ".join(filter(None, (gpu.name, gpu.id and f"({gpu.id})")))
+    return _unless_asked_for(settings, f"{named}: {gpu.problem.message}", gpu.problem.remedy)
 
 
 def _of_problem(settings: Settings, problem: GpuProblem) -> Finding:

@@ -1,157 +1,129 @@
-"""NVIDIA GPUs by NVML, through `pynvml` of the package nvidia-ml-py."""
+"""NVIDIA GPUs by NVML, through `pynvml` of the package nvidia-ml-py: which there are."""
 
 from __future__ import annotations
 
-import os
 import threading
+import time
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from periscope_otel.gauges.gpu import (
-    DEGRADED,
-    OK,
-    PREDICTED_FAILURE,
-    GpuLostError,
-    GpuUnavailableError,
+from periscope_otel.gauges.gpu import FoundGpus, GpuUnavailableError, RefusedGpu
+from periscope_otel.gauges.nvml_codes import (
+    BACKEND_NOT_INSTALLED,
+    DRIVER_IS_GONE,
+    NO_DEVICE,
+    NOT_READABLE,
+    problem_of,
 )
-from periscope_otel.gauges.stats import GpuDeviceStats, GpuIdentity, GpuProblem
+from periscope_otel.gauges.nvml_device import NvmlDevice, PcieCounters
+from periscope_otel.gauges.stats import GpuIdentity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator
 
-# NVML's return codes (nvml.h, nvmlReturn_t).
-UNINITIALIZED, INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, NOT_FOUND = 1, 2, 3, 4, 6
-DRIVER_NOT_LOADED, LIBRARY_NOT_FOUND, FUNCTION_NOT_FOUND, GPU_IS_LOST = 9, 12, 13, 15
-RESET_REQUIRED, VERSION_MISMATCH, ARGUMENT_VERSION_MISMATCH, DEPRECATED = 16, 18, 25, 26
+    from periscope_otel.gauges.stats import GpuProblem
 
-_NEVER = {
-    INVALID_ARGUMENT,  # MemoryInfo v2 on WSL
-    NOT_SUPPORTED,
-    NO_PERMISSION,
-    FUNCTION_NOT_FOUND,
-    ARGUMENT_VERSION_MISMATCH,
-    DEPRECATED,
-}
-"""What a call answers that need not be made again on this device."""
-
-_DEVICE_IS_GONE = {GPU_IS_LOST, RESET_REQUIRED}
-_DRIVER_IS_GONE = {UNINITIALIZED, DRIVER_NOT_LOADED, VERSION_MISMATCH}
-
-_PROBLEMS: Mapping[int, GpuProblem] = {
-    UNINITIALIZED: GpuProblem(
-        "uninitialized", "NVML was shut down by other code", "none needed: it is opened again"
-    ),
-    NO_PERMISSION: GpuProblem(
-        "no_permission",
-        "this user may not use the NVIDIA driver",
-        "give the user, or the container, access to /dev/nvidia*",
-    ),
-    DRIVER_NOT_LOADED: GpuProblem(
-        "driver_not_loaded",
-        "the NVIDIA driver is not loaded",
-        "load the kernel module (modprobe nvidia), or reinstall the driver after a kernel update",
-    ),
-    LIBRARY_NOT_FOUND: GpuProblem(
-        "library_not_found",
-        "there is no NVIDIA driver library (libnvidia-ml.so.1) here",
-        "with an NVIDIA GPU: install its driver, and start containers with the NVIDIA runtime",
-    ),
-    FUNCTION_NOT_FOUND: GpuProblem(
-        "function_not_found",
-        "the NVIDIA driver is too old",
-        "update the NVIDIA driver",
-    ),
-    GPU_IS_LOST: GpuProblem(
-        "gpu_is_lost",
-        "a GPU has fallen off the bus, or is otherwise inaccessible",
-        "look for Xid errors in the kernel's log; reset the GPU or restart the machine",
-    ),
-    RESET_REQUIRED: GpuProblem(
-        "reset_required", "a GPU needs a reset", "nvidia-smi --gpu-reset, or restart the machine"
-    ),
-    VERSION_MISMATCH: GpuProblem(
-        "lib_rm_version_mismatch",
-        "the NVIDIA library and kernel module are of different versions",
-        "restart the machine, or reload the kernel module: the driver was updated",
-    ),
-}
-_NO_DEVICE = GpuProblem(
-    "no_device", "the NVIDIA driver has no device", "give the container a GPU; see nvidia-smi -L"
-)
-_SILENT = GpuProblem(
-    "no_answer",
-    "the NVIDIA driver answers nothing any more",
-    "in a container: restart it (a reload of systemd takes its devices away)",
-)
-_NOT_INSTALLED = GpuProblem(
-    "backend_not_installed", "pynvml is not installed", "pip install nvidia-ml-py"
-)
-
-_MEMORY_V2 = 0x02000028
-_SM_CLOCK, _MEMORY_CLOCK = 1, 2
-_CORRECTED, _UNCORRECTED, _SINCE_DRIVER_LOAD = 0, 1, 0
-_PCIE_TRANSMITTED, _PCIE_RECEIVED = 197, 198
-_UNSIGNED_INT = 1
-
-_SLOWDOWNS = 0x08 | 0x20 | 0x40 | 0x80
-"""Clock event reasons that are faults: slowdowns by hardware or heat, power brake.
-
-Idle clocks, a clock or power limit that somebody set, and a display's needs are none.
-"""
+_Shape = tuple[str, bool, tuple[str, ...]]
 
 
-def _problem_of(code: int) -> GpuProblem:
-    return _PROBLEMS.get(code) or GpuProblem(
-        f"nvml_{code}",
-        f"NVML answers {code}",
-        "see nvmlReturn_t in NVIDIA's documentation; in a container, restart it",
-    )
+class _Part(NamedTuple):
+    """A MIG instance."""
+
+    number: int
+    """Which of its GPU's."""
+    handle: Any
+    id: str
+
+
+class _Place(NamedTuple):
+    """What there is at one of the indices by which NVML counts GPUs."""
+
+    handle: Any
+    id: str
+    is_divided: bool
+    parts: tuple[_Part, ...]
+
+    @property
+    def shape(self) -> _Shape:
+        """What makes it another one when it changes."""
+        return self.id, self.is_divided, tuple(part.id for part in self.parts)
 
 
 class NvmlBackend:
-    """NVIDIA's driver, by NVML."""
+    """NVIDIA's driver, by NVML.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         try:
             # Imported here, in the caller's thread, and not by the sampler's: a child that is
             # forked in the middle of an import waits for ever for the lock of that import.
             self._nvml: Any = import_module("pynvml")
         except ImportError:
             self._nvml = None
-        self._layout: tuple[object, ...] = ()
+        self._clock = clock
+        self._names = DeviceNames()
+        self._counters: dict[str, PcieCounters] = {}
+        self._layout: tuple[_Shape | None, ...] = ()
+        """What was found at each index; None where that was refused."""
+        self._ids: dict[int, str] = {}
+        """Which GPU was seen last at each index."""
+        self._refusals: tuple[type[Exception], ...] = (
+            # What a pynvml lacks that is older than this code, or cannot decode.
+            *(AttributeError, TypeError, UnicodeDecodeError),
+            *(() if self._nvml is None else (self._nvml.NVMLError,)),
+        )
 
-    def open(self) -> list[NvmlDevice]:
+    def open(self) -> FoundGpus:
         """Return all GPUs and, of those that are divided, the MIG instances.
+
+        Returns:
+            The devices, and the GPUs that are listed but cannot be used: lost ones, and those
+            that this user has no permission for.
 
         Raises:
             GpuUnavailableError: If there is no driver, or it cannot be used.
         """
         if self._nvml is None:
-            raise GpuUnavailableError(_NOT_INSTALLED)
+            raise GpuUnavailableError(BACKEND_NOT_INSTALLED)
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError as error:
-            raise GpuUnavailableError(_problem_of(error.value)) from None
+            raise GpuUnavailableError(problem_of(error.value)) from None
         try:
-            devices = self._devices()
+            return self._find()
         except self._nvml.NVMLError as error:
             self.close()
-            raise GpuUnavailableError(_problem_of(error.value)) from None
-        except GpuUnavailableError:
+            raise GpuUnavailableError(problem_of(error.value)) from None
+        except BaseException:
             self.close()
             raise
-        self._layout = self._layout_now()
-        return devices
 
-    def changed(self) -> bool:
-        """Return whether there are other GPUs or MIG instances than before."""
-        return self._layout_now() != self._layout
+    def changed(self, lost: Collection[str]) -> bool:
+        """Return whether there are other GPUs or MIG instances than before.
+
+        Args:
+            lost: The ids of GPUs that must not be touched.
+        """
+        try:
+            count = self._nvml.nvmlDeviceGetCount()
+        except self._refusals:
+            return False  # the reading itself says what is wrong
+        if count != len(self._layout):
+            return True
+        return any(
+            self._shape_at(index) != before
+            for index, before in enumerate(self._layout)
+            if before is not None and before[0] not in lost
+        )
 
     def close(self) -> None:
         """Let go of NVML; others in the process may still use it."""
         try:
             self._nvml.nvmlShutdown()
-        except self._nvml.NVMLError:
+        except self._refusals:
             return  # it was not open any more
 
     def after_fork(self) -> None:
@@ -159,284 +131,139 @@ class NvmlBackend:
         if self._nvml is not None and hasattr(self._nvml, "libLoadLock"):
             self._nvml.libLoadLock = threading.Lock()
 
-    def _devices(self) -> list[NvmlDevice]:
-        nvml = self._nvml
-        driver = nvml.nvmlSystemGetDriverVersion()
-        count = nvml.nvmlDeviceGetCount()
+    # Finding.
+
+    def _find(self) -> FoundGpus:
+        count = self._nvml.nvmlDeviceGetCount()
         if not count:
-            raise GpuUnavailableError(_NO_DEVICE)
-        devices: list[NvmlDevice] = []
-        refused: Exception | None = None
+            raise GpuUnavailableError(NO_DEVICE)
+        driver = self._told("nvmlSystemGetDriverVersion")
+        places: dict[int, _Place] = {}
+        problems: dict[int, GpuProblem] = {}
         for index in range(count):
             try:
-                handle = nvml.nvmlDeviceGetHandleByIndex(index)
-                devices.append(self._device(handle, f"GPU {index}", driver))
-            except nvml.NVMLError as error:
-                refused = error  # one that is lost, or not for this user; others may work
-                continue
-            devices += self._mig_devices(devices[-1], handle)
-        if refused is not None and not devices:
-            raise refused
-        return devices
-
-    def _device(
-        self, handle: Any, name: str, driver: str, parent: GpuIdentity | None = None
-    ) -> NvmlDevice:
-        identity = GpuIdentity(
-            id=self._nvml.nvmlDeviceGetUUID(handle),
-            name=name,
-            model=self._told("nvmlDeviceGetName", handle),
-            vendor="NVIDIA",
-            serial_number=(
-                self._told("nvmlDeviceGetSerial", handle)
-                if parent is None
-                else parent.serial_number
-            ),
-            driver_version=driver,
-            firmware_version=self._told("nvmlDeviceGetVbiosVersion", handle),
-            parent=None if parent is None else parent.id,
+                places[index] = self._place_at(index)
+            except self._refusals as error:
+                problems[index] = self._problem_of(error)
+        self._layout = tuple(
+            places[index].shape if index in places else None for index in range(count)
         )
-        return NvmlDevice(self._nvml, handle, identity)
-
-    def _mig_devices(self, device: NvmlDevice, handle: Any) -> list[NvmlDevice]:
-        identity = device.identity
-        return [
-            self._device(
-                part, f"{identity.name} MIG {index}", identity.driver_version or "", identity
-            )
-            for index, part in self._mig_handles(handle)
+        refused = [
+            RefusedGpu(f"GPU {index}", self._id_at(index, places), problem)
+            for index, problem in problems.items()
         ]
-
-    def _mig_handles(self, handle: Any) -> Iterator[tuple[int, Any]]:
-        nvml = self._nvml
-        mode = self._told("nvmlDeviceGetMigMode", handle)
-        if not mode or not mode[0]:
-            return
-        for index in range(self._told("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
-            try:
-                yield index, nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)
-            except nvml.NVMLError as error:
-                if error.value != NOT_FOUND:  # there are gaps
-                    return
-
-    def _layout_now(self) -> tuple[object, ...]:
-        """Return the number of GPUs, and the ids of the MIG instances of each."""
-        nvml = self._nvml
-        try:
-            count = nvml.nvmlDeviceGetCount()
-            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-        except nvml.NVMLError:
-            return self._layout  # the reading itself says what is wrong
-        parts = [
-            tuple(self._told("nvmlDeviceGetUUID", part) for _, part in self._mig_handles(handle))
-            for handle in handles
+        self._ids.update({index: place.id for index, place in places.items()})
+        devices = [
+            device
+            for index, place in places.items()
+            for device in self._devices_of(index, place, driver)
         ]
-        return (count, *parts)
+        return FoundGpus(devices, refused)
 
-    def _told(self, function: str, handle: Any) -> Any:
-        """Return what a device says of itself; None if it does not."""
-        try:
-            return getattr(self._nvml, function)(handle)
-        except self._nvml.NVMLError:
-            return None
-
-
-class NvmlDevice:
-    """One GPU or MIG instance.
-
-    Args:
-        nvml: The module `pynvml`.
-        handle: NVML's handle of the device.
-        identity: Which one it is.
-    """
-
-    def __init__(self, nvml: Any, handle: Any, identity: GpuIdentity) -> None:
-        self._nvml = nvml
-        self._handle = handle
-        self._identity = identity
-        self._unsupported: set[tuple[object, ...]] = set()
-        self._answers = 0
-        self._slow = GpuDeviceStats(identity)
-        self._received = WrappingCounter()
-        self._transmitted = WrappingCounter()
-
-    @property
-    def identity(self) -> GpuIdentity:
-        """Which one it is."""
-        return self._identity
-
-    @property
-    def unsupported(self) -> set[str]:
-        """The calls that this device does not support, as far as they were tried."""
-        return {str(key[0]) for key in self._unsupported}
-
-    def read(self, *, slow: bool) -> GpuDeviceStats:
-        """Return its figures; see `GpuDevice`.
+    def _problem_of(self, error: Exception) -> GpuProblem:
+        """Return why a GPU is refused.
 
         Raises:
-            GpuLostError: If the device is gone.
-            GpuUnavailableError: If the driver is, or answers nothing.
+            GpuUnavailableError: If it is the driver that refuses.
         """
-        self._answers = 0
-        total, used = self._memory()
-        remapped = self._ask("nvmlDeviceGetRemappedRows")
-        fast = GpuDeviceStats(
-            self._identity,
-            state=self._state(remapped),
-            utilization=self._utilization(),
-            memory_total=total,
-            memory_used=used,
-            temperature=self._temperature(),
-            power=_divided(self._ask("nvmlDeviceGetPowerUsage"), 1000),
-            power_limit=_divided(self._ask("nvmlDeviceGetEnforcedPowerLimit"), 1000),
-            errors=self._errors(remapped),
-            clocks=self._clocks(),
-            process_memory=self._process_memory(),
-        )
-        if not self._answers:
-            raise GpuUnavailableError(_SILENT)
-        if slow:
-            self._slow = self._read_slow()
-        return self._with_slow(fast)
+        code = getattr(error, "value", None)
+        if code is None:
+            return NOT_READABLE
+        if code in DRIVER_IS_GONE:
+            raise GpuUnavailableError(problem_of(code))
+        return problem_of(code)
 
-    # The figures that cost microseconds.
+    def _id_at(self, index: int, places: dict[int, _Place]) -> str | None:
+        """Return which GPU is refused: the one that was there, unless it has moved."""
+        before = self._ids.get(index)
+        return None if before in {place.id for place in places.values()} else before
 
-    def _utilization(self) -> dict[str, float] | None:
-        rates = self._ask("nvmlDeviceGetUtilizationRates")
-        if rates is None:
-            return None
-        return {"general": rates.gpu / 100, "memory": rates.memory / 100}
-
-    def _memory(self) -> tuple[int | None, int | None]:
-        info = self._ask("nvmlDeviceGetMemoryInfo", _MEMORY_V2)
-        if info is None:
-            info = self._ask("nvmlDeviceGetMemoryInfo")
-        return (None, None) if info is None else (info.total, info.used)
-
-    def _temperature(self) -> float | None:
-        degrees = self._ask("nvmlDeviceGetTemperatureV", 0)
-        if degrees is None:
-            degrees = self._ask("nvmlDeviceGetTemperature", 0)
-        return _divided(degrees, 1)
-
-    def _clocks(self) -> dict[str, float] | None:
-        asked = {
-            "sm": self._ask("nvmlDeviceGetClockInfo", _SM_CLOCK),
-            "memory": self._ask("nvmlDeviceGetClockInfo", _MEMORY_CLOCK),
-        }
-        return {name: mhz * 1e6 for name, mhz in asked.items() if mhz is not None} or None
-
-    def _errors(self, remapped: tuple[int, int, int, int] | None) -> dict[str, int] | None:
-        counts = {
-            kind: self._ask("nvmlDeviceGetTotalEccErrors", code, _SINCE_DRIVER_LOAD)
-            for kind, code in (("corrected", _CORRECTED), ("uncorrected", _UNCORRECTED))
-        }
-        if remapped is not None:
-            counts["remapped_row_corrected"], counts["remapped_row_uncorrected"] = remapped[:2]
-        return {kind: count for kind, count in counts.items() if count is not None} or None
-
-    def _state(self, remapped: tuple[int, int, int, int] | None) -> str | None:
-        reasons = self._ask("nvmlDeviceGetCurrentClocksEventReasons")
-        if reasons is None:  # its name in drivers before 535
-            reasons = self._ask("nvmlDeviceGetCurrentClocksThrottleReasons")
-        if reasons is None and remapped is None:
-            return None
-        _, _, pending, failure = remapped or (0, 0, 0, 0)
-        if failure:
-            return PREDICTED_FAILURE  # a bad row could not be replaced
-        return DEGRADED if pending or (reasons or 0) & _SLOWDOWNS else OK
-
-    def _process_memory(self) -> int | None:
-        processes = self._ask("nvmlDeviceGetComputeRunningProcesses") or ()
-        pid = os.getpid()
-        used = [one.usedGpuMemory for one in processes if one.pid == pid]
-        known = [one for one in used if one is not None]
-        return sum(known) if known else None
-
-    # The figures that cost milliseconds.
-
-    def _read_slow(self) -> GpuDeviceStats:
-        return GpuDeviceStats(
-            self._identity,
-            energy=_divided(self._ask("nvmlDeviceGetTotalEnergyConsumption"), 1000),
-            io=self._io(),
-            utilization={
-                task: found[0] / 100
-                for task, found in (
-                    ("encoder", self._ask("nvmlDeviceGetEncoderUtilization")),
-                    ("decoder", self._ask("nvmlDeviceGetDecoderUtilization")),
-                )
-                if found is not None
-            },
+    def _place_at(self, index: int) -> _Place:
+        handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+        mode = self._told("nvmlDeviceGetMigMode", handle)
+        is_divided = bool(mode and mode[0])
+        return _Place(
+            handle,
+            self._nvml.nvmlDeviceGetUUID(handle),
+            is_divided,
+            tuple(self._parts_of(handle)) if is_divided else (),
         )
 
-    def _with_slow(self, fast: GpuDeviceStats) -> GpuDeviceStats:
-        slow = self._slow
-        utilization = {**(fast.utilization or {}), **(slow.utilization or {})}
-        return fast._replace(energy=slow.energy, io=slow.io, utilization=utilization or None)
+    def _parts_of(self, handle: Any) -> Iterator[_Part]:
+        for number in range(self._told("nvmlDeviceGetMaxMigDeviceCount", handle) or 0):
+            try:
+                part = self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)
+                yield _Part(number, part, self._nvml.nvmlDeviceGetUUID(part))
+            except self._refusals:
+                continue  # there are gaps, and what is just being removed
 
-    def _io(self) -> dict[str, int] | None:
-        values = self._ask("nvmlDeviceGetFieldValues", (_PCIE_TRANSMITTED, _PCIE_RECEIVED))
-        if values is None:
-            return None
-        counted: dict[str, int] = {}
-        for direction, counter, value in (
-            ("transmit", self._transmitted, values[0]),
-            ("receive", self._received, values[1]),
-        ):
-            if value.nvmlReturn == 0:
-                narrow = value.valueType == _UNSIGNED_INT
-                raw = value.value.uiVal if narrow else value.value.ullVal
-                counted[direction] = counter.add(raw, 32 if narrow else 64)
-        return counted or None
-
-    # Asking.
-
-    def _ask(self, function: str, *arguments: object) -> Any:
-        """Return what a call answers; None if it does not, or is known not to."""
-        key = (function, *arguments)
-        if key in self._unsupported:
-            return None
+    def _shape_at(self, index: int) -> _Shape | None:
         try:
-            answer = getattr(self._nvml, function)(self._handle, *arguments)
-        except self._nvml.NVMLError as error:
-            code = error.value
-            if code in _DEVICE_IS_GONE:
-                raise GpuLostError(_problem_of(code)) from None
-            if code in _DRIVER_IS_GONE:
-                raise GpuUnavailableError(_problem_of(code)) from None
-            if code in _NEVER:
-                self._unsupported.add(key)
+            return self._place_at(index).shape
+        except self._refusals:
             return None
-        self._answers += 1
-        return answer
+
+    # Devices.
+
+    def _devices_of(self, index: int, place: _Place, driver: str | None) -> Iterator[NvmlDevice]:
+        whole = GpuIdentity(
+            id=place.id,
+            name=self._names.of_gpu(place.id, index),
+            model=self._told("nvmlDeviceGetName", place.handle),
+            vendor="NVIDIA",
+            serial_number=self._told("nvmlDeviceGetSerial", place.handle),
+            driver_version=driver,
+            firmware_version=self._told("nvmlDeviceGetVbiosVersion", place.handle),
+        )
+        yield self._device(place.handle, whole)
+        for part in place.parts:
+            yield self._device(
+                part.handle,
+                whole._replace(
+                    id=part.id,
+                    name=self._names.of_part(part.id, f"{whole.name} MIG {part.number}"),
+                    model=self._told("nvmlDeviceGetName", part.handle),
+                    firmware_version=None,
+                    parent=whole.id,
+                ),
+            )
+
+    def _device(self, handle: Any, identity: GpuIdentity) -> NvmlDevice:
+        counters = PcieCounters()
+        if identity.parent is None:  # parts have none, and come and go
+            counters = self._counters.setdefault(identity.id, counters)
+        return NvmlDevice(self._nvml, handle, identity, counters, self._clock)
+
+    def _told(self, function: str, *arguments: Any) -> Any:
+        """Return what the driver or a device says of itself; None if it does not."""
+        try:
+            return getattr(self._nvml, function)(*arguments)
+        except self._refusals:
+            return None
 
 
-class WrappingCounter:
-    """Adds up a counter of the driver that begins again at 0 when it is full."""
+class DeviceNames:
+    """Gives each device a short name, and the same one for as long as the process lives.
+
+    NVML's own indices move when a GPU goes, and one series would then be two.
+    """
 
     def __init__(self) -> None:
-        self.total = 0
-        self._last: int | None = None
+        self._gpus: dict[str, str] = {}
+        self._parts: dict[str, str] = {}
 
-    def add(self, raw: int, bits: int) -> int:
-        """Take a reading and return the total; the first reading is the total so far.
+    def of_gpu(self, id_: str, index: int) -> str:
+        """Return the name of a GPU that is found at this index."""
+        while id_ not in self._gpus:
+            wanted = f"GPU {index}"
+            if wanted not in self._gpus.values():
+                self._gpus[id_] = wanted
+            index += 1
+        return self._gpus[id_]
 
-        Args:
-            raw: What the driver's counter says.
-            bits: How wide it is.
-        """
-        if self._last is None:
-            self.total = raw
-        elif raw >= self._last:
-            self.total += raw - self._last
-        else:
-            # Some 64-bit answers carry a 32-bit counter.
-            width = 32 if self._last < 2**32 else bits
-            self.total += raw - self._last + 2**width
-        self._last = raw
-        return self.total
-
-
-def _divided(value: int | None, by: int) -> float | None:
-    return None if value is None else value / by
+    def of_part(self, id_: str, wanted: str) -> str:
+        """Return the name of a part, which it takes over from one that was removed."""
+        if id_ not in self._parts:
+            self._parts = {other: name for other, name in self._parts.items() if name != wanted}
+            self._parts[id_] = wanted
+        return self._parts[id_]

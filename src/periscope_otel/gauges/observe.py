@@ -315,6 +315,13 @@ GPU: tuple[Figure, ...] = (
     _gpu_figure(names.HW_ENERGY, COUNTER, lambda one: one.energy, _component),
     _gpu_figures(names.HW_ERRORS, COUNTER, names.ERROR_TYPE, lambda one: one.errors, _component),
     _gpu_figures(names.HW_STATUS, UP_DOWN_COUNTER, names.HW_STATE, _states, _component),
+    _gpu_figures(
+        names.GPU_REMAPPED_ROWS,
+        COUNTER,
+        names.ERROR_TYPE,
+        lambda one: one.remapped_rows,
+        _component,
+    ),
     _gpu_figure(names.GPU_POWER_LIMIT, GAUGE, lambda one: one.power_limit, _component),
     _gpu_figures(names.GPU_CLOCK_SPEED, GAUGE, names.GPU_CLOCK, lambda one: one.clocks, _component),
     _gpu_figure(

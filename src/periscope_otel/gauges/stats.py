@@ -167,7 +167,9 @@ class GpuDeviceStats(NamedTuple):
     io: Mapping[str, int] | None = None
     """Bytes over PCIe, `receive` and `transmit`, as the GPU sees it."""
     errors: Mapping[str, int] | None = None
-    """`corrected` and `uncorrected` since the driver was loaded, and rows remapped in its life."""
+    """`corrected` and `uncorrected` ones of the memory, since the driver was loaded."""
+    remapped_rows: Mapping[str, int] | None = None
+    """Memory rows replaced in its life after `corrected` and `uncorrected` errors."""
     clocks: Mapping[str, float] | None = None
     """Hertz, `sm` and `memory`."""
     process_memory: int | None = None

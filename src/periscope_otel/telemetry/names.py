@@ -271,6 +271,9 @@ CONTAINER_CPU_LIMIT: Final = Metric(
 )
 GPU_POWER_LIMIT: Final = Metric("periscope.gpu.power.limit", "W", "Power that the GPU may draw.")
 GPU_CLOCK_SPEED: Final = Metric("periscope.gpu.clock.speed", "Hz", "Clock speed of the GPU.")
+GPU_REMAPPED_ROWS: Final = Metric(
+    "periscope.gpu.remapped_rows", "{row}", "Memory rows that were replaced in the GPU's life."
+)
 GPU_PROCESS_MEMORY: Final = Metric(
     "periscope.gpu.process.memory.usage", "By", "GPU memory that this process uses."
 )

@@ -1,6 +1,7 @@
 """Tell gauges on request: each line of standard input is a command in JSON, and so is each answer.
 
-The argument is what goes to `configure()`, in JSON. Readings are taken every tenth of a second.
+The argument is what goes to `configure()`, in JSON, and under `stub` what the stub of NVML is told
+before. Readings are taken every tenth of a second, and what was lost is looked for as soon.
 """
 
 import ctypes
@@ -11,7 +12,7 @@ import sys
 import time
 
 import periscope_otel as periscope
-from periscope_otel.gauges import get_gpu_stats, get_system_stats
+from periscope_otel.gauges import get_gpu_stats, get_system_stats, gpu_health
 from periscope_otel.gauges.instrument import _state
 
 
@@ -64,19 +65,35 @@ def gpu_until(problem):
     return gpu()
 
 
+def logged(text):
+    """Wait until a line has this text; returns all lines."""
+    end = time.monotonic() + 30
+    while not any(text in line for line in lines.lines) and time.monotonic() < end:
+        time.sleep(0.02)
+    return lines.lines
+
+
 def logs():
     return lines.lines
 
 
-def fork():
-    """Fork a child that does one operation, waits for its own gauges, and flushes."""
+def fork(hanging=None):
+    """Fork a child that does one operation, waits for its own gauges, and flushes.
+
+    A function of NVML that hangs does so in the child alone.
+    """
     pid = os.fork()
     if pid:
         return pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if hanging is not None:
+        stub("hang", hanging)
     periscope.monitored("work")(lambda: None)()
-    get_system_stats(10)
-    get_gpu_stats(10)
-    readings(2)
+    if hanging is None:
+        get_system_stats(10)
+        get_gpu_stats(10)
+        readings(2)
+    else:
+        gpu_until("driver_hangs")
     runtime.flush(30)
     os._exit(7)
 
@@ -90,7 +107,11 @@ def close():
 lines = Lines()
 logging.getLogger("periscope_otel").addHandler(lines)
 logging.getLogger("periscope_otel").setLevel(logging.INFO)
-runtime = periscope.configure(**json.loads(sys.argv[1]))
+gpu_health.FIRST_RETRY, gpu_health.LAST_RETRY, gpu_health.STEADY = 0.1, 0.4, 0.5
+settings = json.loads(sys.argv[1])
+for call in settings.pop("stub", ()):
+    stub(*call)
+runtime = periscope.configure(**settings)
 if runtime.settings.gauges:
     # The same gauges once more, at a shorter interval.
     again = periscope.instrument_gauges(
@@ -98,7 +119,8 @@ if runtime.settings.gauges:
     )
 print(runtime.server.port if runtime.server else 0)
 commands = {
-    one.__name__: one for one in (stub, readings, flush, host, gpu, gpu_until, logs, fork, close)
+    one.__name__: one
+    for one in (stub, readings, flush, host, gpu, gpu_until, logged, logs, fork, close)
 }
 for line in sys.stdin:
     name, *arguments = json.loads(line)

@@ -6,6 +6,8 @@ import logging
 import os
 import sys
 
+import pynvml
+
 from periscope_otel import guard
 from periscope_otel.gauges.gpu import GpuReader
 from periscope_otel.gauges.nvml import NvmlBackend
@@ -30,6 +32,20 @@ class Lines(logging.Handler):
 def stub(function, *arguments):
     plain = [one.encode() if isinstance(one, str) else ctypes.c_longlong(one) for one in arguments]
     return getattr(ctypes.CDLL("libnvidia-ml.so.1"), f"stub_{function}")(*plain)
+
+
+def lack(function):
+    """Take a function out of pynvml, as in an older one."""
+    delattr(pynvml, function)
+
+
+def break_(function):
+    """Make a function of pynvml fail as no function should."""
+
+    def broken(*arguments):
+        raise RuntimeError("it is broken")
+
+    setattr(pynvml, function, broken)
 
 
 def wait(seconds):
@@ -64,15 +80,15 @@ def fork():
 
 
 def unsupported():
-    return {one.identity.id: sorted(one.unsupported) for one in reader._devices or ()}
+    return {one.identity.id: sorted(one.unsupported) for one in reader._devices}
 
 
 guard.set_strict(True)
 clock, lines = Clock(), Lines()
 logging.getLogger("periscope_otel").addHandler(lines)
 logging.getLogger("periscope_otel").setLevel(logging.INFO)
-reader = GpuReader(NvmlBackend(), clock)
-commands = {one.__name__: one for one in (stub, wait, read, fork, unsupported)}
+reader = GpuReader(NvmlBackend(clock), clock)
+commands = {one.__name__: one for one in (stub, lack, break_, wait, read, fork, unsupported)}
 for line in sys.stdin:
     name, *arguments = json.loads(line)
     print(json.dumps(commands[name](*arguments)))
