@@ -242,6 +242,7 @@ OURS: dict[str, set[str]] = {
     "periscope.gpu.power.limit": {"hw.id", "hw.name", "hw.type"},
     "periscope.gpu.clock.speed": {"hw.id", "hw.name", "hw.type", "periscope.gpu.clock.domain"},
     "periscope.gpu.process.memory.usage": {"hw.id", "hw.name", "hw.type"},
+    "periscope.gpu.remapped_rows": {"hw.id", "hw.name", "hw.type", "error.type"},
 }
 
 # The type of hardware is in the name of the metric here, and told all the same: it is one label
@@ -283,6 +284,7 @@ GPUS = GpuStats(
             energy=5.0,
             io={"receive": 1},
             errors={"corrected": 1},
+            remapped_rows={"corrected": 1},
             clocks={"sm": 1e9},
             process_memory=10,
         ),
