@@ -360,7 +360,7 @@ def _read(setting: Setting, source: str, value: Any) -> Any:
     try:
         return setting.read(value)
     except (TypeError, ValueError, OverflowError):
-        shown = redact(repr(value), 80)
+        shown = redact(repr(without_credentials(value)), 80)
         raise SettingsError(f"{source}={shown}: expected {setting.expected}") from None
 
 
@@ -391,6 +391,15 @@ def unknown_variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str
             names = [one.removeprefix(PREFIX) for one in known]
             near = difflib.get_close_matches(variable.removeprefix(PREFIX).upper(), names, n=1)
             yield variable, f"{PREFIX}{near[0]}" if near else None
+
+
+def without_credentials(value: object) -> object:
+    """Return a text in which nothing stands before an `@`: it may be a mistaken URL."""
+    if not isinstance(value, str) or "@" not in value:
+        return value
+    before, _, host = value.rpartition("@")
+    scheme, slashes, _ = before.rpartition("//")
+    return f"{scheme}{slashes}[redacted]@{host}"
 
 
 def _warn_of_unknown(environment: Mapping[str, str]) -> None:

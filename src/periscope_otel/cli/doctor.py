@@ -6,14 +6,16 @@ import io
 import logging
 import os
 import sys
-import textwrap
 from collections import Counter
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
 from periscope_otel.cli.letter_options import AsJson, mistake
 from periscope_otel.cli.letter_store import NOT_DONE, write_json
+from periscope_otel.settings import without_credentials
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -58,7 +60,8 @@ def doctor(
     try:
         diagnosis = examine(program=program, timeout=timeout)
     except ValueError:
-        raise mistake(f"{program} is no address such as 127.0.0.1:9464", "--program") from None
+        shown = without_credentials(program)
+        raise mistake(f"{shown} is no address such as 127.0.0.1:9464", "--program") from None
     if json:
         write_json(diagnosis.as_json())
     else:
@@ -76,42 +79,39 @@ def _silence() -> None:
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
-    known = console.is_terminal or os.environ.get("COLUMNS", "").isdigit()
-    width = max(_LEAST, console.width) if known else _NO_TERMINAL
+    known = Console()
+    has_width = known.is_terminal or os.environ.get("COLUMNS", "").isdigit()
+    width = max(_LEAST, known.width) if has_width else _NO_TERMINAL
+    console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
     for finding in diagnosis.findings:
-        for index, one in enumerate(_lines(finding, width)):
-            text = Text(one)
-            if not index:
-                text.stylize(_COLORS[finding.status], 0, len(finding.status))
-            console.print(text, soft_wrap=True)
+        for one in _lines(console, finding):
+            console.print(one, soft_wrap=True)
     console.print(_summary(diagnosis), soft_wrap=True)
 
 
-def _lines(finding: Finding, width: int) -> Iterator[str]:
+def _lines(console: Console, finding: Finding) -> Iterator[Text]:
     """Give a finding's lines, and its remedy's."""
-    head = f"{finding.status:<{_STATUS}}{finding.check:<{_CHECK}}"
-    indent = " " * (len(head) if width >= _NARROW else 2)
-    if width >= _NARROW:
-        yield from _wrapped(finding.message, width, head, indent)
+    status = Text(f"{finding.status:<{_STATUS}}", _COLORS[finding.status])
+    head = status.append(f"{finding.check:<{_CHECK}} ", "default")
+    if console.width >= _NARROW:
+        indent = len(head)
+        yield from _wrapped(console, finding.message, head, indent)
     else:
-        yield head.rstrip()
-        yield from _wrapped(finding.message, width, indent, indent)
+        indent = 2
+        head.rstrip()
+        yield head
+        yield from _wrapped(console, finding.message, Text(" " * indent), indent)
     if finding.remedy is not None:
-        yield from _wrapped(finding.remedy, width, f"{indent}-> ", f"{indent}   ")
+        yield from _wrapped(console, finding.remedy, Text(f"{' ' * indent}-> "), indent + 3)
 
 
-def _wrapped(text: str, width: int, first: str, others: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=first,
-        subsequent_indent=others,
-        break_on_hyphens=False,
-    )
+def _wrapped(console: Console, text: str, first: Text, indent: int) -> Iterator[Text]:
+    """Give a text in lines that fit, in cells: wide characters take two."""
+    before = first
+    for one in Text(text).wrap(console, console.width - indent):
+        one.rstrip()
+        yield before + one
+        before = Text(" " * indent)
 
 
 def _summary(diagnosis: Diagnosis) -> str:

@@ -289,8 +289,18 @@ def _load() -> None:
             import_module(name)
 
 
-def _open(options: Options) -> DeadLetterQueue:
+def check_parent(folder: Path) -> None:
+    """Raise a StoreError where a folder that was asked for has nothing to be made in.
+
+    That is a mistake, or a volume that is not mounted.
+    """
     from periscope_otel.dead_letter.errors import StoreError
+
+    if not folder.parent.is_dir():
+        raise StoreError(f"data_dir {folder}: there is no folder {folder.parent}")
+
+
+def _open(options: Options) -> DeadLetterQueue:
     from periscope_otel.dead_letter.queue import DeadLetterQueue
 
     folder = options.folder
@@ -298,8 +308,8 @@ def _open(options: Options) -> DeadLetterQueue:
     if options.data_dir is None:
         with suppress(OSError):  # what is wrong with it is said when it is opened
             parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    elif not parent.is_dir():  # a mistake, or a volume that is not mounted: nothing to be made
-        raise StoreError(f"data_dir {folder}: there is no folder {parent}")
+    else:
+        check_parent(folder)
     return DeadLetterQueue(
         folder,
         redis_url=options.redis_url,

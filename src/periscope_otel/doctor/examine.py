@@ -7,8 +7,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
+from opentelemetry.context import attach, set_value
+
 from periscope_otel.doctor import configuration, exporting, files, machine, page, shared
-from periscope_otel.doctor.finding import Diagnosis, Finding, warning
+from periscope_otel.doctor.finding import Diagnosis, Finding, broken, off
+from periscope_otel.doctor.program import PROGRAM
+from periscope_otel.doctor.secrets import Secrets
 from periscope_otel.settings import read_address, read_environment
 
 if TYPE_CHECKING:
@@ -62,7 +67,11 @@ def examine(
     """
     in_use = read_environment(os.environ)[0] if settings is None else settings
     address = in_use.prometheus if program is None else read_address(program)
-    return Diagnosis(tuple(_in_time(_areas(in_use, address, inside, timeout), timeout)))
+    found = _in_time(_areas(in_use, address, inside, timeout), timeout)
+    secrets = Secrets(in_use)
+    told = [secrets.hidden(one) for one in found]
+    # What a program tells of itself comes last, wherever it was asked.
+    return Diagnosis(tuple(sorted(told, key=lambda one: one.check.startswith(PROGRAM))))
 
 
 def _areas(
@@ -73,12 +82,19 @@ def _areas(
     areas = [
         _Area("settings.values", lambda: configuration.settings_findings(environment)),
         _Area("sdk.versions", lambda: configuration.sdk_findings(environment)),
-        _Area("traces.export", lambda: exporting.export_findings(settings, "traces", timeout)),
-        _Area("metrics.export", lambda: exporting.export_findings(settings, "metrics", timeout)),
+        *(_export_area(settings, signal, timeout) for signal in exporting.SIGNALS),
         _Area("export.anywhere", lambda: exporting.anywhere_findings(settings)),
         _Area("data_dir.folder", lambda: files.folder_findings(settings)),
-        _Area("redis.reached", lambda: shared.redis_findings(settings, timeout)),
-        _Area("breakers.shared", lambda: shared.breaker_findings(settings, timeout)),
+        _Area(
+            "redis.reached",
+            lambda: shared.redis_findings(settings, timeout),
+            shared.late_findings,
+        ),
+        _Area(
+            "breakers.shared",
+            lambda: shared.breaker_findings(settings, timeout),
+            lambda: off("breakers.shared", "the Redis cannot be asked"),
+        ),
         _Area("host.figures", machine.host_findings),
         _Area(
             "gpu.devices",
@@ -89,9 +105,21 @@ def _areas(
     if inside is not None:
         areas.append(_Area("program.traces", lambda: inside))
     elif address is not None:
-        where = _Area("metrics.prometheus", lambda: page.page_findings(address, timeout))
+        where = _Area(
+            "metrics.prometheus",
+            lambda: page.page_findings(address, timeout),
+            page.late_findings,
+        )
         areas.insert(4, where)
     return areas
+
+
+def _export_area(settings: Settings, signal: str, timeout: float) -> _Area:
+    return _Area(
+        f"{signal}.export",
+        lambda: exporting.export_findings(settings, signal, timeout),
+        lambda: exporting.late_findings(signal),
+    )
 
 
 class _Running:
@@ -106,24 +134,24 @@ class _Running:
         self._thread.start()
 
     def _run(self) -> None:
+        # Other instrumentations make no spans of what is asked.
+        attach(set_value(SUPPRESS_KEY, True))
         try:
             for one in self.area.look():
                 self._findings.append(one)
         except Exception as error:  # noqa: BLE001 - other areas' findings are worth having
             said = f"could not be looked at: {type(error).__name__}: {error}"
-            self._findings.append(warning(self.area.check, said, "please report it"))
+            self._findings.append(broken(self.area.check, said, "please report it"))
 
     def findings(self, wait: float) -> Iterator[Finding]:
         """Give what was found, `wait` seconds from now at the latest."""
         self._thread.join(max(0.0, wait))
         ended = not self._thread.is_alive()
-        yield from tuple(self._findings)
-        if ended:
-            return
-        if self.area.late is not None:
+        yield from list(self._findings)
+        if not ended and self.area.late is not None:
             yield self.area.late()
-        else:
-            yield warning(
+        elif not ended:
+            yield broken(
                 self.area.check, "has not ended in time", "try again with a longer --timeout"
             )
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from periscope_otel.doctor.finding import broken, off, ok, warning
+from periscope_otel.doctor.listening import Listener
 from periscope_otel.telemetry import pipeline
 
 if TYPE_CHECKING:
@@ -30,7 +29,17 @@ class _Reason(NamedTuple):
     remedy: str
 
 
+_SLOW: Final = _Reason(
+    r"DEADLINE_EXCEEDED|[Tt]imed? ?out|timeout|unreachable|UNREACHABLE",
+    "it does not answer in time",
+    "look whether the Collector is overloaded, or a firewall drops what is sent there",
+)
 _REASONS: Final = (
+    _Reason(
+        r"[Ff]ailed to read|No such file",
+        "a file that the exporter needs cannot be read",
+        "correct OTEL_EXPORTER_OTLP_CERTIFICATE, …_CLIENT_KEY and …_CLIENT_CERTIFICATE",
+    ),
     _Reason(
         r"UNAUTHENTICATED|PERMISSION_DENIED|code: 40[13]\b",
         "it refuses the credentials",
@@ -68,10 +77,11 @@ _REASONS: Final = (
         "OTEL_EXPORTER_OTLP_ENDPOINT",
     ),
     _Reason(
-        r"DEADLINE_EXCEEDED|[Tt]imed? ?out|timeout|unreachable|UNREACHABLE",
-        "it does not answer in time",
-        "look whether the Collector is overloaded, or a firewall drops what is sent there",
+        r"UNAVAILABLE|RESOURCE_EXHAUSTED|code: (?:429|50[234])\b",
+        "it is overloaded, or not ready",
+        "look at what the Collector logs, and whether its queues are full",
     ),
+    _SLOW,
 )
 _OTHER_REASON: Final = _Reason(
     "", "it does not take requests", "look at what it logs, and at OTEL_EXPORTER_OTLP_ENDPOINT"
@@ -89,13 +99,20 @@ def export_findings(settings: Settings, signal: str, timeout: float) -> Iterator
     check = f"{signal}.export"
     try:
         wanted = pipeline.destinations(signal, settings.otlp_endpoint, settings.otlp_protocol)
-    except ValueError as error:
-        yield broken(check, str(error), "install it, or correct the variable")
+    except Exception as error:  # noqa: BLE001 - an exporter is loaded by its name
+        yield broken(check, _said_by(error), "install it, or correct the variable")
         return
     if not wanted:
         yield off(check, f"{SIGNALS[signal]} go nowhere: no OTLP endpoint is set")
     for to in wanted:
-        yield _tried(check, signal, to, timeout)
+        yield _tried(check, signal, to, timeout) if to.is_otlp else _made(check, signal, to)
+
+
+def late_findings(signal: str) -> Finding:
+    """Return the finding that a destination neither answers nor hangs up."""
+    return broken(
+        f"{signal}.export", "the destination does not end its answer in time", _SLOW.remedy
+    )
 
 
 def anywhere_findings(settings: Settings) -> Iterator[Finding]:
@@ -103,8 +120,8 @@ def anywhere_findings(settings: Settings) -> Iterator[Finding]:
     endpoint, protocol = settings.otlp_endpoint, settings.otlp_protocol
     try:
         wanted = any(pipeline.destinations(signal, endpoint, protocol) for signal in SIGNALS)
-    except ValueError:
-        return  # it was meant to go somewhere
+    except Exception:  # noqa: BLE001 - it was meant to go somewhere, and that is said
+        return
     if not wanted and settings.prometheus is None:
         yield warning(
             "export.anywhere",
@@ -114,29 +131,44 @@ def anywhere_findings(settings: Settings) -> Iterator[Finding]:
         )
 
 
+def _made(check: str, signal: str, to: Destination) -> Finding:
+    """Make an exporter that is none for OTLP, unless that alone has it listen on a port."""
+    if to.name != "prometheus":
+        try:
+            shutdown = getattr(to.make(), "shutdown", None)
+            if shutdown is not None:
+                shutdown()
+        except Exception as error:  # noqa: BLE001 - of whatever is installed under that name
+            return broken(
+                check,
+                f"the exporter {to.name} cannot be made: {_said_by(error)}",
+                "correct what it is configured by, or name another one",
+            )
+    return ok(check, f"{SIGNALS[signal]} go to the exporter {to.name}, which was not tried")
+
+
 def _tried(check: str, signal: str, to: Destination, timeout: float) -> Finding:
-    if not to.is_otlp:
-        return ok(check, f"{SIGNALS[signal]} go to the exporter {to.name}, which was not tried")
     protocol = "gRPC" if to.is_grpc else "HTTP"
     named = f"OTLP over {protocol} to {to.name}"
-    try:
-        exporter = to.make(timeout=timeout)
-    except Exception as error:  # noqa: BLE001 - whatever a wrong header or certificate raises
-        return broken(
-            check,
-            f"{named}: the exporter cannot be made: {type(error).__name__}: {error}",
-            "correct the OTEL_EXPORTER_OTLP_* variables",
-        )
-    began = time.monotonic()
-    with _log_of_this_thread() as said:
+    with Listener(is_grpc=to.is_grpc) as heard:
+        try:
+            session = {} if to.is_grpc else heard.session(signal)
+            exporter = to.make(timeout=timeout, **session)
+        except Exception as error:  # noqa: BLE001 - whatever a wrong header or certificate raises
+            return broken(
+                check,
+                f"{named}: the exporter cannot be made: {_said_by(error)}",
+                "correct the OTEL_EXPORTER_OTLP_* variables",
+            )
+        began = time.monotonic()
         taken = _export_nothing(exporter, signal)
-    took = time.monotonic() - began
-    exporter.shutdown()
+        took = time.monotonic() - began
+        exporter.shutdown()
     if taken:
         return ok(check, f"{named}: takes requests, within {1000 * took:.0f} ms")
-    reason = _reason_of(" ".join(said))
+    reason = _reason_of(" ".join(heard.said))
     message = reason.message.format(protocol=protocol)
-    detail = f" ({said[-1]})" if said and reason is _OTHER_REASON else ""
+    detail = f" ({heard.said[-1]})" if heard.said and reason is _OTHER_REASON else ""
     return broken(check, f"{named}: {message}{detail}", reason.remedy)
 
 
@@ -157,22 +189,5 @@ def _reason_of(said: str) -> _Reason:
     return next(found, _OTHER_REASON)
 
 
-@contextmanager
-def _log_of_this_thread() -> Iterator[list[str]]:
-    """Give what exporters log in this thread, which is all that they tell of a failure."""
-    said: list[str] = []
-    logger = logging.getLogger("opentelemetry")
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if record.thread == ident:
-                error = record.exc_info[1] if record.exc_info else None
-                said.append(record.getMessage() if error is None else repr(error))
-
-    ident = threading.get_ident()
-    listener = Listener(logging.WARNING)
-    logger.addHandler(listener)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(listener)
+def _said_by(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from periscope_otel.dead_letter.contents import contents
 from periscope_otel.dead_letter.database import refuse_networked
 from periscope_otel.dead_letter.errors import StoreError
-from periscope_otel.dead_letter.in_use import options_of
+from periscope_otel.dead_letter.in_use import check_parent, options_of
 from periscope_otel.dead_letter.queue import FILE
 from periscope_otel.doctor.finding import broken, off, ok, warning
 
@@ -36,6 +36,8 @@ def folder_findings(settings: Settings) -> Iterator[Finding]:
         folder = options.folder
         there = _nearest(folder)
         refuse_networked(there)
+        if options.data_dir is not None:
+            check_parent(folder)
     except (StoreError, OSError, ValueError) as error:
         yield broken("data_dir.folder", str(error), _ANOTHER)
         return

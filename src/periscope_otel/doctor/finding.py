@@ -73,9 +73,9 @@ def ok(check: str, message: str) -> Finding:
     return Finding(check, "ok", line(message))
 
 
-def off(check: str, message: str) -> Finding:
+def off(check: str, message: str, remedy: str | None = None) -> Finding:
     """Return the finding that something is not there, and was not asked for."""
-    return Finding(check, "off", line(message))
+    return Finding(check, "off", line(message), None if remedy is None else line(remedy))
 
 
 def warning(check: str, message: str, remedy: str) -> Finding:
@@ -116,5 +116,9 @@ def from_json(told: object) -> Finding | None:
     remedy = told.get("remedy")
     if not isinstance(check, str) or status not in STATUSES or not isinstance(message, str):
         return None
-    told_remedy = line(remedy) if isinstance(remedy, str) else None
-    return Finding(line(check)[:60], status, line(message), told_remedy)
+    message, remedy = line(message), line(remedy) if isinstance(remedy, str) else ""
+    if not message:
+        return None
+    if not remedy and status in ("warning", "broken"):
+        remedy = "look at what that program logs"
+    return Finding(line(check)[:60], status, message, remedy or None)

@@ -99,11 +99,11 @@ def _of_refused(settings: Settings, gpu: RefusedGpu) -> Finding:
 
 def _of_problem(settings: Settings, problem: GpuProblem) -> Finding:
     if problem.reason in NOT_INSTALLED:
-        return off("gpu.devices", problem.message)
+        return off("gpu.devices", problem.message, problem.remedy)
     return _unless_asked_for(settings, problem.message, problem.remedy)
 
 
 def _unless_asked_for(settings: Settings, message: str, remedy: str) -> Finding:
     if GAUGE_GPU in settings.gauges:
         return broken("gpu.devices", message, remedy)
-    return off("gpu.devices", f"{message} (GPU gauges are not asked for)")
+    return off("gpu.devices", f"{message} (GPU gauges are not asked for)", remedy)

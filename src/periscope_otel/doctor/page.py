@@ -7,7 +7,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Final
 
 from periscope_otel.doctor.finding import broken, from_json, off, ok
-from periscope_otel.doctor.program import PAGE
+from periscope_otel.doctor.program import PAGE, PROGRAM
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,6 +52,11 @@ def page_findings(address: Address, timeout: float) -> Iterator[Finding]:
     yield from told
 
 
+def late_findings() -> Finding:
+    """Return the finding that whatever listens there neither answers nor hangs up."""
+    return broken(_CHECK, "what listens there does not end its answer in time", _ANOTHER)
+
+
 def _get(host: str, port: int, timeout: float) -> tuple[int, bytes]:
     connection = HTTPConnection(host, port, timeout=timeout)
     try:
@@ -74,7 +79,7 @@ def _told(body: bytes) -> list[Finding] | None:
     if not isinstance(findings, list):
         return None
     told = [found for one in findings[:_MOST] if (found := from_json(one)) is not None]
-    return [one for one in told if one.check.startswith("program.")]
+    return [one for one in told if one.check.startswith(PROGRAM)]
 
 
 def _said_by(error: BaseException) -> str:

@@ -5,23 +5,18 @@ A running program tells it to `periscope doctor` by a page on its Prometheus add
 
 from __future__ import annotations
 
-import gc
 import json
 import multiprocessing
 import sys
 import threading
 import time
-from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
-
-from opentelemetry.sdk.metrics import MeterProvider as SdkMeterProvider
-from opentelemetry.sdk.trace import TracerProvider as SdkTracerProvider
 
 from periscope_otel import guard
 from periscope_otel.doctor.finding import Finding, broken, off, ok, warning
+from periscope_otel.doctor.pipelines import double_findings, duplicate_findings
 from periscope_otel.resilience.sampler import check_sampler
 from periscope_otel.telemetry.breaker_instruments import source as breaker_source
-from periscope_otel.telemetry.current import global_meter_provider, global_tracer_provider
 from periscope_otel.telemetry.letter_counts import letter_counts
 from periscope_otel.version import __version__
 
@@ -34,6 +29,8 @@ if TYPE_CHECKING:
     from periscope_otel.report import ExportReport
     from periscope_otel.telemetry.instruments import Instruments
 
+PROGRAM: Final = "program."
+"""What the names of these checks begin with."""
 PAGE: Final = "/doctor"
 """Where a program tells it."""
 
@@ -69,14 +66,9 @@ def program_findings(program: Program) -> Iterator[Finding]:
         ("metrics", program.meter_provider, program.builds_metrics),
     ):
         yield _of_provider(name, provider, is_ours)
-    yield from _doubles(program)
-    yield from _duplicates(program.tracer_provider)
-    if program.drives_breakers and not program.builds_spans:
-        fault = check_sampler(program.tracer_provider)
-        if fault is not None:
-            yield warning(
-                "program.sampler", fault, "wrap the sampler in RecordOnlySampler, as README shows"
-            )
+    yield from double_findings(program.tracer_provider, program.meter_provider)
+    yield from duplicate_findings(program.tracer_provider, program.meter_provider, program.report)
+    yield from _sampler(program)
     yield from _forks(program)
     yield _losses(program.report)
     yield _labels(program)
@@ -128,80 +120,17 @@ def _of_provider(name: str, provider: object, is_ours: bool) -> Finding:
     return ok(check, f"the application's {kind.__module__}.{kind.__qualname__}, used as it is")
 
 
-def _doubles(program: Program) -> Iterator[Finding]:
-    check = "program.double"
-    clear = True
-    for name, used, installed, kind in (
-        ("TracerProvider", program.tracer_provider, global_tracer_provider(), SdkTracerProvider),
-        ("MeterProvider", program.meter_provider, global_meter_provider(), SdkMeterProvider),
-    ):
-        if used is not None and installed is not None and used is not installed:
-            clear = False
-            yield warning(
-                check,
-                f"the {name} in use is not the global one, which other libraries use: what they "
-                "record goes elsewhere",
-                f"set one {name}, before configure() and only once, or none and let configure() "
-                "build it",
-            )
-        elif (alive := len(_alive(kind))) > 1:
-            clear = False
-            yield warning(
-                check,
-                f"{alive} {name}s are alive: what is recorded on the others goes elsewhere, or "
-                "nowhere",
-                f"make one {name} for the process; a second set_…_provider() has no effect",
-            )
-    if clear:
-        yield ok(check, "one provider of each kind")
-
-
-def _alive(kind: type) -> list[object]:
-    """Return the objects of a class and its subclasses that there are."""
-    return [one for one in gc.get_objects() if issubclass(type(one), kind)]
-
-
-def _duplicates(provider: object) -> Iterator[Finding]:
-    """Look for exporters to one destination, and for such in the caller's path.
-
-    The SDK shows neither, so this looks where it keeps them, and finds nothing if they move.
-    """
-    check = "program.duplicates"
-    processors = getattr(getattr(provider, "_active_span_processor", None), "_span_processors", ())
-    found = [(one, _exporter_of(one)) for one in processors]
-    places = Counter(place for _, exporter in found if (place := _endpoint_of(exporter)))
-    twice = sorted(place for place, number in places.items() if number > 1)
-    if twice:
-        yield warning(
-            check,
-            f"spans are exported twice to {', '.join(twice)}",
-            "add one exporter for each destination: configure() adds its own where it builds the "
-            "provider",
-        )
-    waiting = [
-        type(exporter).__name__
-        for processor, exporter in found
-        if type(processor).__name__ == "SimpleSpanProcessor" and _endpoint_of(exporter)
-    ]
-    if waiting:
-        yield warning(
-            check,
-            f"each span waits for the network: {waiting[0]} is behind a SimpleSpanProcessor",
-            "use a BatchSpanProcessor",
-        )
-    if not twice and not waiting and provider is not None:
-        yield ok(check, "no destination has two exporters")
-
-
-def _exporter_of(processor: object) -> object:
-    found = getattr(processor, "span_exporter", None) or getattr(processor, "exporter", None)
-    inner = getattr(getattr(processor, "_batch_processor", None), "_exporter", None)
-    return found or inner
-
-
-def _endpoint_of(exporter: object) -> str | None:
-    endpoint = getattr(exporter, "_endpoint", None)
-    return endpoint if isinstance(endpoint, str) else None
+def _sampler(program: Program) -> Iterator[Finding]:
+    fault = check_sampler(program.tracer_provider) if program.drives_breakers else None
+    if fault is None:
+        return
+    yield warning(
+        "program.sampler",
+        fault,
+        "set PERISCOPE_RECORD_CLIENT_SPANS=true"
+        if program.builds_spans
+        else "wrap the sampler in RecordOnlySampler, as README shows",
+    )
 
 
 def _forks(program: Program) -> Iterator[Finding]:

@@ -33,6 +33,16 @@ class _Reason(NamedTuple):
     remedy: str
 
 
+_SLOW: Final = _Reason(
+    ("TimeoutError", "Timeout", "timed out"),
+    "it does not answer in time",
+    "look whether it is overloaded, or a firewall drops what is sent there",
+)
+_NO_REDIS: Final = _Reason(
+    ("InvalidResponse", "Protocol Error"),
+    "what listens there is no Redis",
+    "correct the port in PERISCOPE_REDIS_URL",
+)
 _REASONS: Final = (
     _Reason(
         ("AuthenticationError", "NOAUTH", "WRONGPASS", "NOPERM", "NoPermissionError"),
@@ -59,16 +69,8 @@ _REASONS: Final = (
         "no secure connection can be made",
         "use redis:// if it has no TLS, rediss:// if it has; ssl_ca_certs= names its CA",
     ),
-    _Reason(
-        ("TimeoutError", "Timeout", "timed out"),
-        "it does not answer in time",
-        "look whether it is overloaded, or a firewall drops what is sent there",
-    ),
-    _Reason(
-        ("InvalidResponse", "Protocol Error"),
-        "what listens there is no Redis",
-        "correct the port in PERISCOPE_REDIS_URL",
-    ),
+    _SLOW,
+    _NO_REDIS,
 )
 _OTHER_REASON: Final = _Reason((), "it does not answer as it should", "look at what it logs")
 
@@ -91,8 +93,15 @@ def redis_findings(settings: Settings, timeout: float) -> Iterator[Finding]:
         yield from _of_redis(link)
     except errors() as error:
         yield _unreached(link, error)
+    except Exception:  # noqa: BLE001 - answers that redis-py can make nothing of
+        yield broken("redis.reached", f"{link.shown}: {_NO_REDIS.message}", _NO_REDIS.remedy)
     finally:
         link.close()
+
+
+def late_findings() -> Finding:
+    """Return the finding that the Redis neither answers nor hangs up."""
+    return broken("redis.reached", "the Redis does not end its answer in time", _SLOW.remedy)
 
 
 def breaker_findings(settings: Settings, timeout: float) -> Iterator[Finding]:
@@ -104,10 +113,12 @@ def breaker_findings(settings: Settings, timeout: float) -> Iterator[Finding]:
     try:
         link = RedisLink(settings.redis_url, timeout)
     except ValueError:
-        return  # said of the Redis
+        yield off(check, "the Redis cannot be asked")
+        return
     try:
         states = _states(Records(link))
-    except errors():
+    except Exception:  # noqa: BLE001 - what is wrong with it is said of the Redis
+        yield off(check, "the Redis cannot be asked")
         return
     finally:
         link.close()
@@ -139,7 +150,8 @@ def _states(records: Records) -> dict[str, str]:
 def _of_redis(link: RedisLink) -> Iterator[Finding]:
     with link.quiet() as client:
         began = time.monotonic()
-        client.ping()
+        if client.ping() is not True:
+            raise TypeError
         took = time.monotonic() - began
         told: dict[Any, Any] = _allowed(client.info) or {}
         told |= _allowed(lambda: client.config_get("save")) or {}
@@ -167,6 +179,8 @@ def _of_keeping(told: dict[Any, Any]) -> Iterator[Finding]:
         ("persistence", "what it is given is kept on disk"),
     ):
         one = advice.get(subject)
+        if one is not None and subject == "policy" and told.get("maxmemory") == 0:
+            one = None  # it is never full
         if one is None:
             yield ok(f"redis.{subject}", well)
         else:

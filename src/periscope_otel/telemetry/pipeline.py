@@ -40,7 +40,7 @@ class Destination(NamedTuple):
 
     name: str
     make: Callable[..., Any]
-    """Makes the exporter; one for OTLP takes `timeout=`, in seconds."""
+    """Makes the exporter; one for OTLP takes `timeout=`, in seconds, and by HTTP `session=`."""
     is_grpc: bool = False
     is_otlp: bool = False
 
@@ -182,7 +182,9 @@ def _grpc_compression(signal: str) -> Any:
     return known.get(named, Compression.NoCompression)
 
 
-def _http_exporter(signal: str, url: str | None, timeout: float | None = None) -> Any:
+def _http_exporter(
+    signal: str, url: str | None, timeout: float | None = None, session: Any = None
+) -> Any:
     # What requests imports only when it first sends must be there before a thread does: a child
     # forked in the middle of an import waits for ever for the lock of that import.
     import encodings.idna
@@ -194,7 +196,7 @@ def _http_exporter(signal: str, url: str | None, timeout: float | None = None) -
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     make = OTLPSpanExporter if signal == "traces" else OTLPMetricExporter
-    return make(endpoint=url, timeout=timeout)
+    return make(endpoint=url, timeout=timeout, session=session)
 
 
 def _by_name(signal: str, name: str, protocol: str | None) -> Destination:

@@ -160,9 +160,9 @@ def examine_while_busy(count):
 
 
 def more_providers():
-    """Make a provider of each kind that nobody knows of, and keep it."""
-    tracers()
-    meters()
+    """Have a provider of each kind export that nobody knows of."""
+    tracers(batch("other"))
+    meters(periodic("other"))
 
 
 def work(names):
