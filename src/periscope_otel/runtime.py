@@ -178,7 +178,11 @@ class Runtime:
         from periscope_otel.doctor import examine
         from periscope_otel.doctor.program import program_findings
 
-        return examine(self.settings, inside=program_findings(self._program()), timeout=timeout)
+        # What it has is put together in a thread: a signal handler may ask for this, whatever it
+        # has interrupted.
+        return examine(
+            self.settings, inside=lambda: program_findings(self._program()), timeout=timeout
+        )
 
     # Wiring.
 
@@ -189,7 +193,10 @@ class Runtime:
         address = self.settings.prometheus
         if address is None:
             return
-        inside = ProgramPage(lambda: program_findings(self._program()))
+        # Before all is wired there is nothing to be told.
+        inside = ProgramPage(
+            lambda: program_findings(self._program()) if hasattr(self, "telemetry") else ()
+        )
         pages: dict[str, Callable[[str], Page]] = {
             "/metrics": lambda accept: Page(*page.render(accept)),
             "/health": lambda _accept: Page(b"ok\n", "text/plain"),

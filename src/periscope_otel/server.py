@@ -112,11 +112,11 @@ def _server_class(host: str) -> type[_HTTPServer]:
     return _HTTPServer6 if ":" in host else _HTTPServer
 
 
-def _is_local(address: str) -> bool:
-    """Whether a client is on this machine."""
-    found = ip_address(address.partition("%")[0])
+def _is_local(connection: socket.socket, client: str) -> bool:
+    """Whether a client is on this machine: it comes from the address that it has asked."""
+    found = ip_address(client.partition("%")[0])
     mapped = getattr(found, "ipv4_mapped", None)
-    return (mapped or found).is_loopback
+    return (mapped or found).is_loopback or client == connection.getsockname()[0]
 
 
 def _handler_for(
@@ -136,7 +136,7 @@ def _handler_for(
         def _answer(self, *, with_body: bool) -> None:
             path = self.path.partition("?")[0]
             make = pages.get(path)
-            if make is None or (path in local and not _is_local(self.client_address[0])):
+            if make is None or (path in local and not self._is_local()):
                 page = Page(b"not found\n", "text/plain; charset=utf-8", 404)
             else:
                 page = make(self.headers.get("Accept", ""))
@@ -147,6 +147,9 @@ def _handler_for(
             self.end_headers()
             if with_body:
                 self.wfile.write(page.body)
+
+        def _is_local(self) -> bool:
+            return _is_local(self.connection, self.client_address[0])
 
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002
             """Say nothing: a scrape every few seconds is no news."""

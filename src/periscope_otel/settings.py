@@ -142,8 +142,12 @@ def _folder(value: Any) -> str | None:
 
 def _redis(value: Any) -> str | None:
     text = _text(value)
-    if text is not None and urlsplit(text).scheme not in ("redis", "rediss", "unix"):
+    if text is None:
+        return None
+    parts = urlsplit(text)
+    if parts.scheme not in ("redis", "rediss", "unix"):
         raise ValueError
+    _ = parts.port  # raises where it is no number
     return text
 
 
@@ -359,7 +363,7 @@ def _value_of(setting: Setting, keywords: Mapping[str, Any], environment: Mappin
 def _read(setting: Setting, source: str, value: Any) -> Any:
     try:
         return setting.read(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, OSError):
         shown = redact(repr(without_credentials(value)), 80)
         raise SettingsError(f"{source}={shown}: expected {setting.expected}") from None
 

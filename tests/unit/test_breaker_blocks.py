@@ -7,7 +7,7 @@ import contextvars
 import gc
 import threading
 from contextlib import AsyncExitStack, ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import pytest
 
@@ -31,7 +31,7 @@ def nothing_is_left() -> Iterator[None]:
     """Whatever a test does, no block is remembered once it has ended."""
     yield
     gc.collect()
-    assert not any(blocks._by_frame.values())
+    assert not blocks._by_place
 
 
 def elsewhere(function: Callable[[], object]) -> None:
@@ -192,6 +192,45 @@ def test_a_block_in_a_manager_of_ones_own_settles_its_permit(breaker):
     assert permit.outcome == "success"
     assert outcomes(breaker) == (0, {"success": 2})
     GUARDED.set(())
+
+
+class AsyncClient:
+    """The same for `async with`; its frames are of one size, and take each other's place."""
+
+    def __init__(self, breaker: Breaker) -> None:
+        self.breaker = breaker
+
+    async def __aenter__(self) -> Self:
+        _a, _b, _c, _d, _e = range(5)
+        self.permit = await self.breaker.__aenter__()
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self.breaker.__aexit__(*raised)
+
+
+async def test_tasks_with_managers_of_ones_own_settle_their_own_permits(breaker):
+    """Though the frame that entered is gone, and its memory another task's."""
+    ended: list[str | None] = []
+
+    async def work(number: int) -> None:
+        async with AsyncClient(breaker) as client:
+            await asyncio.sleep(0.001 * (number * 7 % 13))
+        ended.append(client.permit.outcome)
+        assert guarding() == ()
+
+    await asyncio.gather(*(work(number) for number in range(100)))
+    assert ended == ["success"] * 100
+    assert outcomes(breaker) == (0, {"success": 100})
+
+
+def test_where_nobody_can_tell_which_block_ends_none_does(breaker):
+    """Of two exit stacks that others have entered, neither is taken for the other."""
+    stacks = [ExitStack(), ExitStack()]
+    permits = [contextvars.copy_context().run(one.enter_context, breaker) for one in stacks]
+    elsewhere(stacks[0].close)
+    assert [one.outcome for one in permits] == [None, None]
+    blocks._by_place.clear()
 
 
 def test_a_permit_that_is_settled_in_its_block_is_left_alone(breaker):

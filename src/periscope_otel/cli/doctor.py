@@ -62,10 +62,17 @@ def doctor(
     except ValueError:
         shown = without_credentials(program)
         raise mistake(f"{shown} is no address such as 127.0.0.1:9464", "--program") from None
-    if json:
-        write_json(diagnosis.as_json())
-    else:
-        _print(diagnosis)
+    try:
+        if json:
+            write_json(diagnosis.as_json())
+        else:
+            _print(diagnosis)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise  # the reader has seen enough
+    except OSError as error:  # a disk that is full
+        typer.echo(f"periscope: {error.strerror}", err=True)
+        raise typer.Exit(NOT_DONE) from None
     if diagnosis.broken or (strict and diagnosis.warnings):
         raise typer.Exit(NOT_DONE)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote
 
-from periscope_otel.dead_letter.database import SCHEMA_VERSION, explained
+from periscope_otel.dead_letter.database import SCHEMA_VERSION, between_forks, explained
 from periscope_otel.dead_letter.errors import StoreError
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ _QUERIES = {
     "outbox": "SELECT ifnull(sum(waiting), 0) FROM outbox_count",
     "journal": "SELECT count(*) FROM journal",
 }
+
+
+class NewerFileError(StoreError):
+    """The file was written by a newer version."""
 
 
 class Contents(NamedTuple):
@@ -47,22 +52,37 @@ def contents(path: Path, busy: float = 1.0) -> Contents:
         12
     """
     with explained(path):
-        # Read-only, SQLite would leave the files of its write-ahead log behind.
-        url = f"file:{quote(str(path))}?mode=rw"
-        with closing(sqlite3.connect(url, uri=True, timeout=busy)) as connection:
-            connection.execute("PRAGMA query_only = ON")
-            ((version,),) = connection.execute("PRAGMA user_version").fetchall()
-            if version > SCHEMA_VERSION:
-                raise StoreError(
-                    f"{path} was written by a newer version of periscope-otel (schema {version})"
-                )
-            tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
-            if tables and not tables & _QUERIES.keys():
-                raise StoreError(f"{path} is a database of another program")
-            return Contents(**{
-                table: _number(connection, query) if table in tables else 0
-                for table, query in _QUERIES.items()
-            })  # fmt: skip
+        return between_forks(lambda: _look(path), busy)
+
+
+def _look(path: Path) -> Contents:
+    with closing(sqlite3.connect(_url_of(path), uri=True, timeout=0)) as connection:
+        connection.execute("PRAGMA query_only = ON")
+        ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+        if version > SCHEMA_VERSION:
+            raise NewerFileError(
+                f"{path} was written by a newer version of periscope-otel (schema {version})"
+            )
+        tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
+        if tables and not tables & _QUERIES.keys():
+            raise StoreError(f"{path} is a database of another program")
+        return Contents(**{
+            table: _number(connection, query) if table in tables else 0
+            for table, query in _QUERIES.items()
+        })  # fmt: skip
+
+
+def _url_of(path: Path) -> str:
+    """Return the URL by which looking at a file leaves as little behind as it can.
+
+    Where a killed process has left a write-ahead log, only a connection that may not write leaves
+    it where it is. Where there is none, such a connection would leave an empty one.
+    """
+    try:
+        has_log = os.stat(f"{path}-wal").st_size > 0  # noqa: PTH116
+    except OSError:
+        has_log = False
+    return f"file:{quote(str(path))}?mode={'ro' if has_log else 'rw'}"
 
 
 def _number(connection: sqlite3.Connection, query: str) -> Any:

@@ -121,6 +121,26 @@ if hasattr(os, "register_at_fork"):
     )
 
 
+def between_forks(look: Callable[[], Begun], busy: float) -> Begun:
+    """Return what a function returns that looks at a file of SQLite, while no fork comes between.
+
+    Args:
+        look: Opens a connection that does not wait for others, and closes it.
+        busy: Seconds for which it is tried again while another process is at the file.
+    """
+    deadline = time.monotonic() + busy
+    while True:
+        _gate.enter()
+        try:
+            return look()
+        except sqlite3.Error as error:
+            if not _is_busy(error) or time.monotonic() >= deadline:
+                raise
+        finally:
+            _gate.leave()
+        time.sleep(_LONGEST_PAUSE)
+
+
 class Database:
     """A file with a schema.
 

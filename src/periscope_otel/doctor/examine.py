@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
+from contextlib import suppress
+from importlib import import_module
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
@@ -41,7 +43,7 @@ def examine(
     settings: Settings | None = None,
     *,
     program: str | None = None,
-    inside: Iterable[Finding] | None = None,
+    inside: Callable[[], Iterable[Finding]] | None = None,
     timeout: float = TIMEOUT,
 ) -> Diagnosis:
     """Say what is found and what is not, with the reason and the remedy.
@@ -52,7 +54,7 @@ def examine(
         settings: Whose; by default those of the environment.
         program: `host:port` of a running program's Prometheus page, which tells what is found
             inside of it; by default where the settings say.
-        inside: What is found inside of this program, where it examines itself.
+        inside: Says what is found inside of this program, where it examines itself.
         timeout: Seconds that each server has to answer; the whole takes a few times that at most.
 
     Returns:
@@ -67,6 +69,7 @@ def examine(
     """
     in_use = read_environment(os.environ)[0] if settings is None else settings
     address = in_use.prometheus if program is None else read_address(program)
+    _load(in_use)
     found = _in_time(_areas(in_use, address, inside, timeout), timeout)
     secrets = Secrets(in_use)
     told = [secrets.hidden(one) for one in found]
@@ -74,16 +77,31 @@ def examine(
     return Diagnosis(tuple(sorted(told, key=lambda one: one.check.startswith(PROGRAM))))
 
 
+def _load(settings: Settings) -> None:
+    """Import what is needed before threads do: a child forked in the middle waits for ever."""
+    exporting.load(settings)
+    for module in ("psutil", "pynvml", *(("redis",) if settings.redis_url else ())):
+        with suppress(ImportError):
+            import_module(module)
+
+
 def _areas(
-    settings: Settings, address: Address | None, inside: Iterable[Finding] | None, timeout: float
+    settings: Settings,
+    address: Address | None,
+    inside: Callable[[], Iterable[Finding]] | None,
+    timeout: float,
 ) -> list[_Area]:
     """Return every area, in the order in which they are told."""
     environment = dict(os.environ)
+
+    def anywhere() -> Iterable[Finding]:
+        return exporting.anywhere_findings(settings)
+
     areas = [
         _Area("settings.values", lambda: configuration.settings_findings(environment)),
         _Area("sdk.versions", lambda: configuration.sdk_findings(environment)),
         *(_export_area(settings, signal, timeout) for signal in exporting.SIGNALS),
-        _Area("export.anywhere", lambda: exporting.anywhere_findings(settings)),
+        *([_Area("export.anywhere", anywhere)] if inside is None else ()),
         _Area("data_dir.folder", lambda: files.folder_findings(settings)),
         _Area(
             "redis.reached",
@@ -103,7 +121,7 @@ def _areas(
         ),
     ]
     if inside is not None:
-        areas.append(_Area("program.traces", lambda: inside))
+        areas.append(_Area("program.traces", inside))
     elif address is not None:
         where = _Area(
             "metrics.prometheus",

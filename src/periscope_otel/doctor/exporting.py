@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from periscope_otel.doctor.finding import broken, off, ok, warning
 from periscope_otel.doctor.listening import Listener
+from periscope_otel.doctor.listening import load as load_exporters
 from periscope_otel.telemetry import pipeline
 
 if TYPE_CHECKING:
@@ -39,6 +42,16 @@ _REASONS: Final = (
         r"[Ff]ailed to read|No such file",
         "a file that the exporter needs cannot be read",
         "correct OTEL_EXPORTER_OTLP_CERTIFICATE, …_CLIENT_KEY and …_CLIENT_CERTIFICATE",
+    ),
+    _Reason(
+        r"ProxyError|Unable to connect to proxy|Tunnel connection failed|InvalidProxyURL",
+        "the proxy cannot be used that the environment names",
+        "correct HTTP_PROXY or HTTPS_PROXY, or put the Collector's host in NO_PROXY",
+    ),
+    _Reason(
+        r"No connection adapters|InvalidSchema|MissingSchema|Invalid URL|Failed to parse",
+        "the endpoint is no URL that can be sent to",
+        "begin it with http:// or https://, as in http://localhost:4318",
     ),
     _Reason(
         r"UNAUTHENTICATED|PERMISSION_DENIED|code: 40[13]\b",
@@ -108,6 +121,15 @@ def export_findings(settings: Settings, signal: str, timeout: float) -> Iterator
         yield _tried(check, signal, to, timeout) if to.is_otlp else _made(check, signal, to)
 
 
+def load(settings: Settings) -> None:
+    """Import what the destinations' exporters need, in the caller's thread."""
+    for signal in SIGNALS:
+        with suppress(Exception):  # what is wrong is said when they are looked at
+            wanted = pipeline.destinations(signal, settings.otlp_endpoint, settings.otlp_protocol)
+            for is_grpc in {one.is_grpc for one in wanted if one.is_otlp}:
+                load_exporters(is_grpc=is_grpc)
+
+
 def late_findings(signal: str) -> Finding:
     """Return the finding that a destination neither answers nor hangs up."""
     return broken(
@@ -169,7 +191,16 @@ def _tried(check: str, signal: str, to: Destination, timeout: float) -> Finding:
     reason = _reason_of(" ".join(heard.said))
     message = reason.message.format(protocol=protocol)
     detail = f" ({heard.said[-1]})" if heard.said and reason is _OTHER_REASON else ""
-    return broken(check, f"{named}: {message}{detail}", reason.remedy)
+    through = _grpc_proxy() if to.is_grpc else ""
+    return broken(check, f"{named}{through}: {message}{detail}", reason.remedy)
+
+
+def _grpc_proxy() -> str:
+    """Return how gRPC goes if the environment names a proxy (grpc/doc/environment_variables.md)."""
+    for name in ("grpc_proxy", "https_proxy", "http_proxy"):
+        if os.environ.get(name):
+            return f" through the proxy of {name}"
+    return ""
 
 
 def _export_nothing(exporter: Any, signal: str) -> bool:

@@ -7,7 +7,7 @@ import stat
 import tempfile
 from typing import TYPE_CHECKING, Final
 
-from periscope_otel.dead_letter.contents import contents
+from periscope_otel.dead_letter.contents import NewerFileError, contents
 from periscope_otel.dead_letter.database import refuse_networked
 from periscope_otel.dead_letter.errors import StoreError
 from periscope_otel.dead_letter.in_use import check_parent, options_of
@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 
 _LEAST_SPACE: Final = 16 << 20
 """Bytes below which a letter may not find room."""
+_REMEDIES: Final = {
+    "SQLITE_BUSY": "look again: another process is at it, and letters wait for as long as it is",
+    "SQLITE_LOCKED": "look again: another process is at it",
+    "SQLITE_FULL": "free space on that disk",
+    "SQLITE_IOERR": "free space on that disk, and look at what the kernel says of it",
+    "SQLITE_CANTOPEN": "run this as the user of the program",
+    "SQLITE_READONLY": "run this as the user of the program",
+    "SQLITE_PERM": "run this as the user of the program",
+    "SQLITE_AUTH": "run this as the user of the program",
+}
+"""What helps, by what SQLite's name of an error begins with (sqlite.org/rescode.html)."""
+_FOR_DAMAGE: Final = (
+    "keep a copy, have SQLite's .recover make a new file of it for `periscope dlq`, and move it "
+    "away"
+)
 _ANOTHER: Final = "choose another folder in PERISCOPE_DATA_DIR"
 
 
@@ -41,10 +56,17 @@ def folder_findings(settings: Settings) -> Iterator[Finding]:
     except (StoreError, OSError, ValueError) as error:
         yield broken("data_dir.folder", str(error), _ANOTHER)
         return
-    yield from _of_folder(folder, there)
-    if there.is_dir():
-        yield _of_space(there, _room_wanted(folder, options.largest_file))
-    yield _of_file(folder / FILE)
+    try:
+        yield from _of_folder(folder, there)
+        if there.is_dir():
+            yield _of_space(there, _room_wanted(folder, options.largest_file))
+        yield _of_file(folder / FILE)
+    except OSError as error:
+        yield broken(
+            "data_dir.folder",
+            f"{folder} cannot be looked at: {error.strerror}",
+            "run this as the user of the program",
+        )
 
 
 def _nearest(folder: Path) -> Path:
@@ -115,20 +137,31 @@ def _of_space(folder: Path, wanted: int) -> Finding:
 
 def _of_file(file: Path) -> Finding:
     check = "data_dir.file"
-    if not file.exists():
+    try:
+        owner = file.stat().st_uid
+    except FileNotFoundError:
         return off(check, "no letter was ever kept here")
+    if os.geteuid() not in (0, owner) or not os.access(file.parent, os.W_OK):
+        return warning(
+            check,
+            f"{file} was not looked at: it is another user's, or its disk cannot be written to",
+            "run this as the user of the program, where the program runs",
+        )
     try:
         found = contents(file)
     except StoreError as error:
-        return broken(
-            check,
-            str(error),
-            "keep a copy of the file for `periscope dlq`, or of what SQLite's .recover makes of "
-            "it, and move it away; a newer version of periscope-otel reads what it wrote",
-        )
+        return broken(check, str(error), _remedy_for(error))
     told = f"{found.letters} letters"
     if found.outbox:
         told += f", {found.outbox} on their way to the Redis"
     if found.journal:
         told += f", {found.journal} payloads of calls that have not ended"
     return ok(check, told)
+
+
+def _remedy_for(error: StoreError) -> str:
+    if isinstance(error, NewerFileError):
+        return "update periscope-otel here, or choose another folder in PERISCOPE_DATA_DIR"
+    kind = getattr(error.__cause__, "sqlite_errorname", "") or ""
+    found = (remedy for sign, remedy in _REMEDIES.items() if kind.startswith(sign))
+    return next(found, _FOR_DAMAGE)

@@ -12,10 +12,22 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+_OTLP = "opentelemetry.exporter.otlp.proto"
 _MODULES = {
-    True: "opentelemetry.exporter.otlp.proto.grpc.exporter",
-    False: "opentelemetry.exporter.otlp.proto.http.trace_exporter",
+    True: (
+        f"{_OTLP}.grpc.exporter",
+        f"{_OTLP}.grpc.trace_exporter",
+        f"{_OTLP}.grpc.metric_exporter",
+    ),
+    False: (f"{_OTLP}.http.trace_exporter", f"{_OTLP}.http.metric_exporter", "requests"),
 }
+_changing = threading.Lock()
+
+
+def load(*, is_grpc: bool) -> None:
+    """Import what an exporter needs: a child forked in the middle of an import waits for ever."""
+    for module in _MODULES[is_grpc]:
+        import_module(module)
 
 
 class Listener(logging.Filter):
@@ -30,7 +42,7 @@ class Listener(logging.Filter):
 
     def __init__(self, *, is_grpc: bool) -> None:
         super().__init__()
-        import_module(_MODULES[is_grpc])  # its loggers are there from then on
+        load(is_grpc=is_grpc)  # its loggers are there from then on
         self.said: list[str] = []
         self._thread = threading.get_ident()
         self._loggers = [
@@ -40,8 +52,9 @@ class Listener(logging.Filter):
         ]
 
     def __enter__(self) -> Self:
-        for logger in self._loggers:
-            logger.filters.insert(0, self)
+        with _changing:
+            for logger in self._loggers:  # new lists: others may be going through these
+                logger.filters = [self, *logger.filters]
         return self
 
     def __exit__(
@@ -50,8 +63,9 @@ class Listener(logging.Filter):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        for logger in self._loggers:
-            logger.removeFilter(self)
+        with _changing:
+            for logger in self._loggers:
+                logger.filters = [one for one in logger.filters if one is not self]
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep a record of this thread to itself."""

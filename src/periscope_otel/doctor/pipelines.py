@@ -12,6 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from opentelemetry.sdk.metrics import MeterProvider as SdkMeterProvider
+from opentelemetry.sdk.trace.export import SpanExporter
 
 from periscope_otel.doctor.finding import ok, warning
 from periscope_otel.telemetry.current import global_meter_provider, global_tracer_provider
@@ -53,8 +54,7 @@ def _doubled(
             "build it",
         )
         return
-    processors = _processors(used)
-    own = {id(one) for one in (*processors, *map(_batching, processors), *_readers(used))}
+    own = {id(one) for one in (*_within(_processors(used)), *_readers(used))}
     others = [one for one in workers if id(one) not in own]
     if used is not None and others:
         yield warning(
@@ -70,9 +70,10 @@ def duplicate_findings(
 ) -> Iterator[Finding]:
     """Say whether something is exported twice, or by whoever ends a span."""
     check = "program.duplicates"
-    exporters = [_exporter_of(one) for one in _processors(tracer_provider)]
-    exporters += [getattr(one, "_exporter", None) for one in _readers(meter_provider)]
-    places = [place for one in exporters if (place := _endpoint_of(one))]
+    spans = [_exporter_of(one) for one in _processors(tracer_provider)]
+    points = [getattr(one, "_exporter", None) for one in _readers(meter_provider)]
+    places = [f"spans to {place}" for one in spans if (place := _endpoint_of(one))]
+    places += [f"metrics to {place}" for one in points if (place := _endpoint_of(one))]
     places += [f"{one.signal} to {one.destination}" for one in report.signals]
     twice = sorted(place for place, number in Counter(places).items() if number > 1)
     if twice:
@@ -108,13 +109,17 @@ def _readers(provider: object) -> tuple[object, ...]:
     return tuple(getattr(getattr(provider, "_measurement_consumer", None), "_reader_storages", ()))
 
 
+def _within(processors: Iterable[object], depth: int = 3) -> Iterator[object]:
+    """Give processors, and what they hold: some pass spans on to others."""
+    for one in processors:
+        yield one
+        if depth and hasattr(one, "__dict__"):
+            yield from _within(list(vars(one).values()), depth - 1)
+
+
 def _exporter_of(processor: object) -> object:
     found = getattr(processor, "span_exporter", None) or getattr(processor, "exporter", None)
-    return found or getattr(_batching(processor), "_exporter", None)
-
-
-def _batching(processor: object) -> object:
-    return getattr(processor, "_batch_processor", None)
+    return found or getattr(getattr(processor, "_batch_processor", None), "_exporter", None)
 
 
 def _endpoint_of(exporter: object) -> str | None:
@@ -125,7 +130,7 @@ def _endpoint_of(exporter: object) -> str | None:
 def _span_workers() -> list[object]:
     """Return what the SDK's threads for spans belong to: one a BatchSpanProcessor."""
     found = (_at_work(one) for one in threading.enumerate())
-    return [one for one in found if type(one).__name__ == "BatchProcessor"]
+    return [one for one in found if isinstance(getattr(one, "_exporter", None), SpanExporter)]
 
 
 def _at_work(thread: threading.Thread) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+import re
 from typing import TYPE_CHECKING, Final
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -63,12 +63,17 @@ def _of_headers(environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _of_urls(settings: Settings, environment: Mapping[str, str]) -> Iterator[str]:
+    proxies = (value for name, value in environment.items() if name.lower().endswith("_proxy"))
     urls: Iterable[str | None] = (
         settings.otlp_endpoint,
         settings.redis_url,
         settings.jaeger_url,
         *(environment.get(variable) for variable in _URLS),
+        environment.get("PERISCOPE_REDIS_URL"),
+        *proxies,
     )
     for url in urls:
-        with suppress(ValueError):  # no URL at all
-            yield urlsplit(url or "").password or ""
+        user, colon, password = (url or "").rpartition("@")[0].rpartition("//")[2].partition(":")
+        secret = password if colon else user
+        yield secret
+        yield from re.split("[/?#@:]", secret)  # what is left of it where it splits a URL

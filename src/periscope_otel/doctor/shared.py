@@ -86,8 +86,10 @@ def redis_findings(settings: Settings, timeout: float) -> Iterator[Finding]:
         return
     try:
         link = RedisLink(settings.redis_url, timeout)
-    except ValueError as error:
-        yield broken("redis.reached", str(error), "correct PERISCOPE_REDIS_URL")
+    except ValueError:  # whose text may have a part of the password in it
+        yield broken(
+            "redis.reached", "PERISCOPE_REDIS_URL cannot be read as a URL", "correct the variable"
+        )
         return
     try:
         yield from _of_redis(link)
@@ -154,6 +156,7 @@ def _of_redis(link: RedisLink) -> Iterator[Finding]:
             raise TypeError
         took = time.monotonic() - began
         told: dict[Any, Any] = _allowed(client.info) or {}
+        may_ask = bool(told)
         told |= _allowed(lambda: client.config_get("save")) or {}
         now = _allowed(client.time)
     version = told.get("valkey_version") or told.get("redis_version") or "of unknown version"
@@ -166,10 +169,25 @@ def _of_redis(link: RedisLink) -> Iterator[Finding]:
         )
         return
     yield ok("redis.reached", f"{server} {version} at {link.shown}: {1000 * took:.1f} ms")
-    yield from _of_keeping(told)
-    yield _of_memory(told)
+    if may_ask:
+        yield from _of_keeping(told)
+        yield _of_memory(told)
+    else:
+        yield from _untold()
     if now is not None:
         yield _of_clock(now[0] + now[1] / 1e6 - time.time())
+
+
+def _untold() -> Iterator[Finding]:
+    for subject, question in (
+        ("policy", "whether it removes letters when its memory is full"),
+        ("persistence", "whether it keeps letters on disk"),
+    ):
+        yield warning(
+            f"redis.{subject}",
+            f"this user may not ask for {question} (INFO)",
+            "ACL SETUSER … +info +config|get, or ask as another user",
+        )
 
 
 def _of_keeping(told: dict[Any, Any]) -> Iterator[Finding]:

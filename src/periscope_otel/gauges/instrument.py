@@ -311,6 +311,8 @@ class _State:
                 known.interval = INTERVAL
                 if not self._is_wanted(source):
                     known.stop()
+                    if self._is_wanted(source):  # by somebody who came in between
+                        known.start()
 
     def _is_wanted(self, source: str) -> bool:
         asked = self.asked.get(source)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 from periscope_otel.resilience.guards import GUARDED, Guard
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 G = TypeVar("G", bound=Guard)
 
-_LOOSE: Final = 0
-"""The frame of what an `ExitStack` has entered: its own frames tell nothing."""
+_Place: TypeAlias = tuple[int, int]
+"""A frame and its code, by their ids. The id of a frame is that of another one soon after it has
+ended, as where a method has entered the block for its caller; hardly ever of the same code."""
 
 _entered: Final[ContextVar[tuple[Permit, ...]]] = ContextVar("periscope-permits", default=())
 """The permits of the blocks that this context is in, outermost first."""
 
-_by_frame: Final[dict[int, list[Permit]]] = {}
-"""The permits of all blocks by the frames that they stand in, outermost first."""
+_by_place: Final[dict[_Place, list[Permit]]] = {}
+"""The permits of all blocks by where they stand, outermost first."""
 
 
 def entered(permit: Permit, *, depth: int) -> Permit:
@@ -37,10 +38,10 @@ def entered(permit: Permit, *, depth: int) -> Permit:
         permit: Its permit.
         depth: How many calls above the caller the block stands.
     """
-    permit.frame = frame = _frame_id(depth)
-    permits = _by_frame.get(frame)
+    permit.place = place = _place_of(sys._getframe(depth + 1))
+    permits = _by_place.get(place)
     if permits is None:
-        permits = _by_frame.setdefault(frame, [])
+        permits = _by_place.setdefault(place, [])
     permits.append(permit)
     _entered.set(_with(_entered.get(), permit))
     GUARDED.set(_with(GUARDED.get(), permit))
@@ -54,7 +55,13 @@ def left(breaker: Circuit, *, depth: int) -> Permit | None:
         breaker: The breaker that it is a block of.
         depth: How many calls above the caller the block stands.
     """
-    permit = _block_in(_frame_id(depth), breaker)
+    frame = sys._getframe(depth + 1)
+    permits = _by_place.get(_place_of(frame), ())
+    if permits and permits[-1].breaker is breaker:  # mostly
+        permit: Permit | None = permits[-1]
+    else:
+        of_breaker = [one for one in permits if one.breaker is breaker]
+        permit = of_breaker[-1] if of_breaker else _entered_elsewhere(frame, breaker)
     if permit is None:
         return None
     _forget(permit)
@@ -63,40 +70,44 @@ def left(breaker: Circuit, *, depth: int) -> Permit | None:
     return permit
 
 
-def _frame_id(depth: int) -> int:
-    frame: FrameType = sys._getframe(depth + 2)
-    # The same until the frame has ended: it holds its frame object itself.
-    return _LOOSE if frame.f_globals.get("__name__") == "contextlib" else id(frame)
+def _place_of(frame: FrameType) -> _Place:
+    return id(frame), id(frame.f_code)
 
 
-def _block_in(frame: int, breaker: Circuit) -> Permit | None:
-    """Return the permit of the innermost block of this breaker that stands in the frame."""
-    permits = _by_frame.get(frame, ())
-    if permits and frame != _LOOSE and permits[-1].breaker is breaker:  # mostly
-        return permits[-1]
-    here = _entered.get()
-    permits = [one for one in permits if one.breaker is breaker]
-    permits = (
-        [one for one in permits if one in here]
-        or permits
-        or [one for one in here if one.breaker is breaker]  # entered by a frame that is gone
-        or _the_only_one(breaker)
-    )
-    return permits[-1] if permits else None
+def _entered_elsewhere(frame: FrameType, breaker: Circuit) -> Permit | None:
+    """Return the permit of a block that another frame has entered: a method, or an `ExitStack`.
+
+    It is the innermost of this context that does not stand in a frame which still runs; else the
+    only one that there is at all.
+    """
+    running = _places_above(frame)
+    here = [one for one in _entered.get() if one.breaker is breaker and one.place not in running]
+    if here:
+        return here[-1]
+    every = [one for permits in list(_by_place.values()) for one in list(permits)]
+    found = [
+        one
+        for one in every
+        if one.breaker is breaker and one.outcome is None and one.place not in running
+    ]
+    return found[0] if len(found) == 1 else None
 
 
-def _the_only_one(breaker: Circuit) -> list[Permit]:
-    every = [one for permits in list(_by_frame.values()) for one in permits]
-    found = [one for one in every if one.breaker is breaker and one.outcome is None]
-    return found if len(found) == 1 else []
+def _places_above(frame: FrameType) -> set[_Place]:
+    places = set()
+    above: FrameType | None = frame
+    while above is not None:
+        places.add(_place_of(above))
+        above = above.f_back
+    return places
 
 
 def _forget(permit: Permit) -> None:
-    permits = _by_frame.get(permit.frame, [])
+    permits = _by_place.get(permit.place, [])
     if permit in permits:
         permits.remove(permit)
-    if not permits and permit.frame != _LOOSE:  # whose list threads share
-        _by_frame.pop(permit.frame, None)
+    if not permits:
+        _by_place.pop(permit.place, None)
 
 
 def _with(guards: tuple[G, ...], entered: G) -> tuple[G, ...]:

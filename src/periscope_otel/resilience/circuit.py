@@ -79,8 +79,8 @@ class Permit:
     """The call's span: what a transition is linked to."""
     outcome: str | None = None
     """`success`, `failure` or `ignored` once it is settled; None before."""
-    frame = 0
-    """The frame of the `with` block that it is for, as `blocks` knows it."""
+    place: tuple[int, int] = (0, 0)
+    """Where the `with` block stands that it is for, as `blocks` knows it."""
     _seconds = 0.0
 
     def __init__(self, breaker: Circuit, generation: int, now: float) -> None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 GRPC = "grpc"
 HTTP = "http/protobuf"
 _GRPC_PORT = 4317
+_OTLP_BY_PROTOCOL = {"otlp_proto_grpc": GRPC, "otlp_proto_http": HTTP}
+"""What the SDK's own names of exporters mean."""
 
 
 class Destination(NamedTuple):
@@ -134,7 +136,14 @@ def _protocol_of(signal: str, endpoint: str) -> str:
     named = os.environ.get(f"OTEL_EXPORTER_OTLP_{signal.upper()}_PROTOCOL") or os.environ.get(
         "OTEL_EXPORTER_OTLP_PROTOCOL"
     )
-    return named or (GRPC if urlsplit(endpoint).port == _GRPC_PORT else HTTP)
+    return named or (GRPC if _port_of(endpoint) == _GRPC_PORT else HTTP)
+
+
+def _port_of(endpoint: str) -> int | None:
+    try:
+        return urlsplit(endpoint).port
+    except ValueError:  # whose text may have a part of a password in it
+        raise ValueError("the OTLP endpoint cannot be read as a URL") from None
 
 
 def _otlp(signal: str, endpoint: str | None, protocol: str) -> Destination:
@@ -201,6 +210,8 @@ def _http_exporter(
 
 def _by_name(signal: str, name: str, protocol: str | None) -> Destination:
     """Return the exporter that OTEL_TRACES_EXPORTER or OTEL_METRICS_EXPORTER names."""
+    if name in _OTLP_BY_PROTOCOL:
+        return _otlp(signal, None, protocol or _OTLP_BY_PROTOCOL[name])
     if name == "otlp":
         endpoint = _endpoint_in_environment(signal)
         # Without an endpoint the meaning of plain `otlp` in Python is gRPC to localhost:4317.
