@@ -117,6 +117,15 @@ def test_what_the_system_has_counted_keeps_its_start() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_what_a_device_has_counted_keeps_its_start() -> None:
+    """Rows of a GPU that were remapped long ago were not remapped since this process began."""
+    collects = Collects()
+    name = names.GPU_REMAPPED_ROWS.name
+    collects.meter.create_observable_counter(name, [lambda _: [Observation(7)]])
+    (point,) = collects.next().values()
+    assert point.start_time_unix_nano > BEGAN
+
+
 def test_what_the_system_counts_began_with_it() -> None:
     """Counters of the host began when it was started, those of the process with the process."""
     collects = Collects()

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 COUNTED_HERE = ("threat.", "circuit_breaker.", "dead_letter.", "periscope.")
 """What the names of the metrics begin with that this package counts from nothing."""
 
+COUNTED_BY_DEVICES = ("periscope.gpu.",)
+"""What of these only passes on what a device has counted, since who knows when."""
+
 COUNTED_BY_SYSTEM: dict[str, Callable[[], float | None]] = {
     "system.": system_age,
     "process.": process_age,
@@ -83,7 +86,7 @@ class StartTimes:
 
     def _start_in(self, name: str) -> Callable[[int], int] | None:
         """Return what makes a true start of one that the SDK gave; None if that is to stand."""
-        if name.startswith(COUNTED_HERE):
+        if name.startswith(COUNTED_HERE) and not name.startswith(COUNTED_BY_DEVICES):
             return lambda given: self._starts.setdefault(given, min(given, self._last_collect))
         prefix = name[: name.find(".") + 1]
         if prefix not in COUNTED_BY_SYSTEM:
