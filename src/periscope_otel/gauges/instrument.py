@@ -305,7 +305,10 @@ class _State:
                 sampler = self.sampler_of(source)
                 sampler.interval = min(one.interval for one in users)
                 if isinstance(sampler.source, HostReader):
-                    sampler.source.per_cpu = any(one.per_cpu for one in users)
+                    per_cpu = any(one.per_cpu for one in users)
+                    were, sampler.source.per_cpu = sampler.source.per_cpu, per_cpu
+                    if per_cpu and not were:
+                        sampler.wake()  # each CPU was not read so far, and is wanted now
                 sampler.start()
             elif (known := self.samplers.get(source)) is not None:
                 known.interval = INTERVAL
