@@ -239,8 +239,9 @@ def test_examining_makes_no_spans_with_other_instrumentations(collector, redis):
 # --- its page ------------------------------------------------------------------------------------
 
 
-def get(host: str, port: int, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(host, port, timeout=30)
+def get(host: str, port: int, path: str, come_from: str | None = None) -> tuple[int, bytes]:
+    source = None if come_from is None else (come_from, 0)
+    connection = http.client.HTTPConnection(host, port, timeout=30, source_address=source)
     try:
         connection.request(
             "GET", path, headers={"X-Forwarded-For": "127.0.0.1", "Host": "localhost"}
@@ -268,9 +269,11 @@ def test_the_page_answers_this_machine_alone():
         pytest.skip("this machine has no address but the loopback's")
     with program(prometheus="0.0.0.0:0") as one:
         assert get("127.0.0.1", one.port, "/doctor")[0] == 200
-        assert get(addresses[0], one.port, "/metrics")[0] == 200
+        assert get(addresses[0], one.port, "/doctor")[0] == 200
+        assert get("127.0.0.1", one.port, "/metrics", addresses[0])[0] == 200
         for path in ("/doctor", "/doctor?x", "//doctor", "/doctor/", "/%64octor"):
-            status, body = get(addresses[0], one.port, path)
+            # An address that is not the one that was asked is another machine's, for all it knows.
+            status, body = get("127.0.0.1", one.port, path, addresses[0])
             assert status in (403, 404), path
             assert b"program." not in body
 

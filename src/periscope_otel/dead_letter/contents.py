@@ -75,11 +75,11 @@ def _look(path: Path) -> Contents:
 def _url_of(path: Path) -> str:
     """Return the URL by which looking at a file leaves as little behind as it can.
 
-    Where a killed process has left a write-ahead log, only a connection that may not write leaves
-    it where it is. Where there is none, such a connection would leave an empty one.
+    Where a killed process has left a write-ahead log and its index, only a connection that may not
+    write leaves them where they are. Where they are not there, it would leave empty ones.
     """
     try:
-        has_log = os.stat(f"{path}-wal").st_size > 0  # noqa: PTH116
+        has_log = min(os.stat(f"{path}{suffix}").st_size for suffix in ("-wal", "-shm")) > 0  # noqa: PTH116
     except OSError:
         has_log = False
     return f"file:{quote(str(path))}?mode={'ro' if has_log else 'rw'}"

@@ -60,7 +60,7 @@ def folder_findings(settings: Settings) -> Iterator[Finding]:
         yield from _of_folder(folder, there)
         if there.is_dir():
             yield _of_space(there, _room_wanted(folder, options.largest_file))
-        yield _of_file(folder / FILE)
+            yield _of_file(folder / FILE)
     except OSError as error:
         yield broken(
             "data_dir.folder",

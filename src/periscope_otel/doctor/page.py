@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Final
 
@@ -45,7 +46,7 @@ def page_findings(address: Address, timeout: float) -> Iterator[Finding]:
         yield broken(_CHECK, f"{shown} does not answer as it should ({_said_by(error)})", _ANOTHER)
         return
     told = _told(body)
-    if told is None and server.startswith("periscope-otel"):
+    if status == HTTPStatus.NOT_FOUND and server.startswith("periscope-otel"):
         yield ok(_CHECK, f"a program answers at {shown}; what is in it, it tells its own machine")
         return
     if told is None:
