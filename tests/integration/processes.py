@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import psutil
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -116,6 +118,11 @@ class Program:
 
     def _dump(self) -> str:
         if self.running:
+            # Its children first: it is mostly one of them that it waits for.
+            for child in psutil.Process(self._process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.send_signal(signal.SIGABRT)
+                    child.wait(5)
             self._process.send_signal(signal.SIGABRT)  # faulthandler writes all threads' stacks
             try:
                 self._process.wait(5)
