@@ -13,7 +13,7 @@ from opentelemetry.context import _SUPPRESS_INSTRUMENTATION_KEY as SUPPRESS_KEY
 from opentelemetry.context import attach, set_value
 
 from periscope_otel.doctor import configuration, exporting, files, machine, page, shared
-from periscope_otel.doctor.finding import Diagnosis, Finding, broken, off
+from periscope_otel.doctor.finding import Diagnosis, Finding, broken, off, said_by
 from periscope_otel.doctor.program import PROGRAM
 from periscope_otel.doctor.secrets import Secrets
 from periscope_otel.settings import read_address, read_environment
@@ -158,7 +158,7 @@ class _Running:
             for one in self.area.look():
                 self._findings.append(one)
         except Exception as error:  # noqa: BLE001 - other areas' findings are worth having
-            said = f"could not be looked at: {type(error).__name__}: {error}"
+            said = f"could not be looked at: {said_by(error)}"
             self._findings.append(broken(self.area.check, said, "please report it"))
 
     def findings(self, wait: float) -> Iterator[Finding]:

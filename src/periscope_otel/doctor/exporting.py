@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from periscope_otel.doctor.finding import broken, off, ok, warning
+from periscope_otel.doctor.finding import broken, off, ok, said_by, warning
 from periscope_otel.doctor.listening import Listener
 from periscope_otel.doctor.listening import load as load_exporters
 from periscope_otel.telemetry import pipeline
@@ -113,7 +113,7 @@ def export_findings(settings: Settings, signal: str, timeout: float) -> Iterator
     try:
         wanted = pipeline.destinations(signal, settings.otlp_endpoint, settings.otlp_protocol)
     except Exception as error:  # noqa: BLE001 - an exporter is loaded by its name
-        yield broken(check, _said_by(error), "install it, or correct the variable")
+        yield broken(check, said_by(error), "install it, or correct the variable")
         return
     if not wanted:
         yield off(check, f"{SIGNALS[signal]} go nowhere: no OTLP endpoint is set")
@@ -163,7 +163,7 @@ def _made(check: str, signal: str, to: Destination) -> Finding:
         except Exception as error:  # noqa: BLE001 - of whatever is installed under that name
             return broken(
                 check,
-                f"the exporter {to.name} cannot be made: {_said_by(error)}",
+                f"the exporter {to.name} cannot be made: {said_by(error)}",
                 "correct what it is configured by, or name another one",
             )
     return ok(check, f"{SIGNALS[signal]} go to the exporter {to.name}, which was not tried")
@@ -179,7 +179,7 @@ def _tried(check: str, signal: str, to: Destination, timeout: float) -> Finding:
         except Exception as error:  # noqa: BLE001 - whatever a wrong header or certificate raises
             return broken(
                 check,
-                f"{named}: the exporter cannot be made: {_said_by(error)}",
+                f"{named}: the exporter cannot be made: {said_by(error)}",
                 "correct the OTEL_EXPORTER_OTLP_* variables",
             )
         began = time.monotonic()
@@ -218,7 +218,3 @@ def _export_nothing(exporter: Any, signal: str) -> bool:
 def _reason_of(said: str) -> _Reason:
     found = (one for one in _REASONS if re.search(one.pattern, said))
     return next(found, _OTHER_REASON)
-
-
-def _said_by(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

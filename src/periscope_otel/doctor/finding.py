@@ -95,6 +95,11 @@ def line(text: str) -> str:
     return plain if len(plain) <= _LONGEST else f"{plain[: _LONGEST - 1]}…"
 
 
+def said_by(error: BaseException) -> str:
+    """Return what an exception is and says."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 def bounded(findings: list[Finding]) -> list[Finding]:
     """Return the findings of one check, or the first of too many."""
     if len(findings) <= _REPEATED:

@@ -7,7 +7,7 @@ from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING, Final
 
-from periscope_otel.doctor.finding import broken, from_json, off, ok
+from periscope_otel.doctor.finding import broken, from_json, off, ok, said_by
 from periscope_otel.doctor.program import PAGE, PROGRAM
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def page_findings(address: Address, timeout: float) -> Iterator[Finding]:
         yield off(_CHECK, f"nothing listens at {shown} now: the program does not run")
         return
     except (OSError, HTTPException) as error:
-        yield broken(_CHECK, f"{shown} does not answer as it should ({_said_by(error)})", _ANOTHER)
+        yield broken(_CHECK, f"{shown} does not answer as it should ({said_by(error)})", _ANOTHER)
         return
     told = _told(body)
     if status == HTTPStatus.NOT_FOUND and server.startswith("periscope-otel"):
@@ -84,7 +84,3 @@ def _told(body: bytes) -> list[Finding] | None:
         return None
     told = [found for one in findings[:_MOST] if (found := from_json(one)) is not None]
     return [one for one in told if one.check.startswith(PROGRAM)]
-
-
-def _said_by(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

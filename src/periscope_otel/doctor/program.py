@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from periscope_otel import guard
 from periscope_otel.doctor.finding import Finding, broken, off, ok, warning
 from periscope_otel.doctor.pipelines import double_findings, duplicate_findings
+from periscope_otel.resilience.policy import BY_HAND
 from periscope_otel.resilience.sampler import check_sampler
 from periscope_otel.telemetry.breaker_instruments import source as breaker_source
 from periscope_otel.telemetry.letter_counts import letter_counts
@@ -38,7 +39,6 @@ _NEAR: Final = 0.8
 """Share of the label limit from which a warning is due."""
 _LONG: Final = 300.0
 """Seconds that a letter may wait for the Redis before a warning is due."""
-_SET_BY_HAND: Final = ("forced_open", "disabled", "observe")
 _FORKING_SERVERS: Final = ("gunicorn", "uwsgi", "celery", "billiard")
 _FRESH: Final = 5.0
 """Seconds for which a page is told again: looking for providers takes a while."""
@@ -222,7 +222,7 @@ def _internal_errors() -> Finding:
 def _breakers() -> Finding:
     figures = breaker_source.figures
     states = {} if figures is None else figures.states()
-    by_hand = sorted(name for (name, state), on in states.items() if on and state in _SET_BY_HAND)
+    by_hand = sorted(name for (name, state), on in states.items() if on and state in BY_HAND)
     if by_hand:
         return warning(
             "program.breakers",

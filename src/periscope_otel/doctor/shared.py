@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from periscope_otel.dead_letter.redis_advice import advice_on
 from periscope_otel.doctor.finding import broken, off, ok, warning
 from periscope_otel.redis_link import RedisLink, errors
+from periscope_otel.resilience.policy import BY_HAND
 from periscope_otel.resilience.sharing.records import DamagedRecordError, Records
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ _FULL: Final = 0.8
 _SKEW: Final = 5.0
 """Seconds by which clocks may differ."""
 _NAMED: Final = 5
-_SET_BY_HAND: Final = ("forced_open", "disabled", "observe")
 
 
 class _Reason(NamedTuple):
@@ -124,7 +124,7 @@ def breaker_findings(settings: Settings, timeout: float) -> Iterator[Finding]:
         return
     finally:
         link.close()
-    by_hand = sorted(name for name, state in states.items() if state in _SET_BY_HAND)
+    by_hand = sorted(name for name, state in states.items() if state in BY_HAND)
     counts = Counter(states.values())
     told = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
     if by_hand:

@@ -23,7 +23,7 @@ from opentelemetry import trace
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure, classify
-from periscope_otel.resilience.policy import DEFAULT_POLICY, BreakerPolicy, State
+from periscope_otel.resilience.policy import BY_HAND, DEFAULT_POLICY, BreakerPolicy, State
 from periscope_otel.resilience.transition import BUSY, BreakerView, Transition
 from periscope_otel.resilience.window import Window
 from periscope_otel.telemetry.attributes import clean_label
@@ -49,7 +49,6 @@ MOST_TOLD: Final = 10
 
 _INDEX: Final = {outcome: index for index, outcome in enumerate(OUTCOMES)}
 _PASSING: Final[frozenset[State]] = frozenset({"closed", "disabled", "observe"})
-_BY_HAND: Final[frozenset[State]] = frozenset({"forced_open", "disabled", "observe"})
 _MOST_OPENINGS: Final = 60  # counted in a row; by then every open time is the longest
 
 moves: Final = [0]
@@ -555,7 +554,7 @@ class Circuit:
         """
         with self._lock:
             now, before = self.clock(), self._state
-            if before in _BY_HAND and reason != "manual" and not overriding:
+            if before in BY_HAND and reason != "manual" and not overriding:
                 return
             self._openings = openings
             if state == "open":

@@ -15,6 +15,9 @@ have done."""
 
 STATES: Final[tuple[State, ...]] = get_args(State)
 
+BY_HAND: Final[frozenset[State]] = frozenset({"forced_open", "disabled", "observe"})
+"""Those that a breaker is only in if somebody has set it."""
+
 Judge = Callable[[BaseException], Verdict | None]
 """Says what an exception means to a breaker; None for what it would mean without asking."""
 
