@@ -517,15 +517,17 @@ def test_it_starts_when_it_is_first_asked(side, name):
     until(lambda: a.verdicts.answers)
 
 
-def test_breakers_that_are_gone_are_let_go(side, name):
+def test_breakers_that_are_gone_are_let_go(side, records, name):
     """Sharing keeps none alive."""
     a = side()
-    for n in range(20):
-        trip(a.breaker(f"{name}-{n}"))
+    names = [f"{name}-{n}" for n in range(20)]
+    for each in names:
+        trip(a.breaker(each))
     gone = [ref(each) for each in a.breakers]
     a.breakers.clear()
     worker.finish_posted(WITHIN)
-    until(lambda: gc.collect() is not None and not any(each() for each in gone), 5.0)
+    until(lambda: all(recorded_state(records, each) == "open" for each in names))
+    until(lambda: gc.collect() is not None and not any(each() for each in gone))
 
 
 def test_many_breakers_are_polled_in_turns(side, client, monkeypatch, name):
