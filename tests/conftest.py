@@ -8,6 +8,7 @@ import signal
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+import covered_forks  # noqa: F401  (before the plugin)
 import pytest
 
 from periscope_otel import guard
