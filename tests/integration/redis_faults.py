@@ -100,7 +100,7 @@ def _info(client) -> dict:
 
 
 def _wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + READY_WITHIN
+    deadline = time.monotonic() + 3 * READY_WITHIN
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -10,15 +10,22 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
+from patience import be_patient
 from processes import clean_environment
 from redis_servers import RedisServer
 
 from periscope_otel import guard
-from periscope_otel.dead_letter import StoreError, forwarder, open_store
+from periscope_otel.dead_letter import (
+    StoreError,
+    database,
+    forwarder,
+    journal,
+    open_store,
+)
 from periscope_otel.dead_letter.journal import Journal
 from periscope_otel.dead_letter.memory import MOST
 from periscope_otel.dead_letter.queue import BUSY, FILE, DeadLetterQueue
@@ -38,6 +45,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WITHIN = 30.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine that stops for seconds change nothing."""
+    be_patient(monkeypatch)
 
 
 def wait_until(holds) -> None:
@@ -107,7 +120,7 @@ def test_a_file_that_is_opened_again_stays_whole(tmp_path):
     """A second store on the file in this process takes no lock away that keeps others in order."""
     look = (
         "import sys; from periscope_otel.dead_letter import open_store;"
-        "store = open_store(sys.argv[1]); print(store.stats().total); store.close()"
+        "store = open_store(sys.argv[1], busy=60); print(store.stats().total); store.close()"
     )
     url = f"sqlite:///{tmp_path / FILE}"
     with DeadLetterQueue(tmp_path) as queue:
@@ -139,21 +152,39 @@ def test_half_a_character_does_not_keep_a_letter_from_being_written(tmp_path):
         assert (queue.lost, sorted(hosts.values())) == (0, sorted(["?", good.host]))
 
 
-def test_a_file_held_by_others_is_waited_for_shortly(tmp_path):
+class OwnTime(threading.local):
+    """The time of a thread, which passes while it sleeps and not while the machine stops."""
+
+    now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+        self.now += seconds
+
+
+def test_a_file_held_by_others_is_waited_for_shortly(tmp_path, monkeypatch):
     """After a quarter of a second the letter is in memory, and in the file when that is free."""
+    own = OwnTime()
+    monkeypatch.setattr(database, "time", own)
     with DeadLetterQueue(tmp_path) as queue:
         with held_by_another(tmp_path):
-            began = time.monotonic()
+            began = own.now
             assert queue.put(some(1)) == "memory"
-            assert time.monotonic() - began < 5
+            assert BUSY <= own.now - began < 2 * BUSY
             assert queue.in_memory == 1
-        wait_until(lambda: queue.store.stats().total == 1)
-        assert (queue.in_memory, queue.lost) == (0, 0)
+        wait_until(lambda: not queue.in_memory)  # a moment after the file has it
+        assert (queue.store.stats().total, queue.lost) == (1, 0)
 
 
 @contextmanager
 def held_for_a_while(folder: Path) -> Iterator[None]:
-    """Have another connection write to the file, for longer than a letter waits."""
+    """Have another connection write to the file, for longer than a letter waits.
+
+    A machine that stops may make that any time longer.
+    """
     other = sqlite3.connect(folder / FILE, isolation_level=None, check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
     let_go = threading.Timer(3 * BUSY, lambda: other.execute("ROLLBACK"))
@@ -170,10 +201,24 @@ def test_a_file_that_others_write_to_can_be_opened(tmp_path):
         assert queue.put(some(1)) == "disk"
 
 
-def test_a_payload_waits_longer_for_the_journal_than_a_letter_for_the_file(tmp_path):
+def test_a_payload_waits_longer_for_the_journal_than_a_letter_for_the_file(tmp_path, monkeypatch):
     """What is about to be worked on is written down though others hold the file for a while."""
+    assert journal.LONGEST_WAIT > 3 * BUSY
+    monkeypatch.setattr(journal, "LONGEST_WAIT", WITHIN)  # for as long as it is held
     with DeadLetterQueue(tmp_path) as queue, held_for_a_while(tmp_path):
         assert queue.journal(a_letter())
+
+
+def open_below(folder: Path) -> list[str]:
+    """Return which files of a folder this process has open, each as often as it is open.
+
+    Others come and go with what other tests have left.
+    """
+    found: list[str] = []
+    for descriptor in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        with suppress(OSError):  # it was closed meanwhile
+            found.append(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+    return sorted(one for one in found if one.startswith(str(folder)))
 
 
 def test_a_journal_that_cannot_be_adopted_yet_keeps_no_file_open(tmp_path):
@@ -190,17 +235,18 @@ def test_a_journal_that_cannot_be_adopted_yet_keeps_no_file_open(tmp_path):
         check=False,
     )
     with SQLiteStore(tmp_path / FILE, busy=0.01) as store:
-        journal = Journal(store)
+        left = Journal(store)
         with held_by_another(tmp_path):
             for _ in range(3):
                 with pytest.raises(StoreError):
-                    journal.adopt()
-            before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+                    left.adopt()
+            before = open_below(tmp_path)
+            assert before
             for _ in range(5):
                 with pytest.raises(StoreError):
-                    journal.adopt()
-            assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
-        assert len(journal.adopt()) == 1
+                    left.adopt()
+            assert open_below(tmp_path) == before
+        assert len(left.adopt()) == 1
         (letter,) = everything(store)
         assert letter.error_type == "abandoned"
 
@@ -233,21 +279,27 @@ def test_a_hook_that_raises_loses_no_more(tmp_path):
     queue = DeadLetterQueue(tmp_path, on_lost=raising)
     with held_by_another(tmp_path):
         assert queue.put([a_letter(b"x" * 10)]) == "memory"
-        queue.close(timeout=0.5)
+        queue.close()
     assert queue.lost == 1
 
 
-async def test_a_coroutine_puts_without_holding_the_loop_up(tmp_path):
+async def test_a_coroutine_puts_without_holding_the_loop_up(tmp_path, monkeypatch):
     """The loop goes on meanwhile, and a cancellation does not interrupt the write."""
     with DeadLetterQueue(tmp_path) as queue:
+        write, went_on = queue._write, threading.Event()
+
+        def slowly(letters, **options) -> None:
+            assert went_on.wait(WITHIN)
+            write(letters, **options)
+
+        monkeypatch.setattr(queue, "_write", slowly)
         with held_by_another(tmp_path):
             putting = asyncio.create_task(queue.put_from_coroutine(some(1)))
-            ticks = 0
-            while not putting.done():
+            for _ in range(4):
                 await asyncio.sleep(0.01)
-                ticks += 1
+            assert not putting.done()
+            went_on.set()
             assert await putting == "memory"
-            assert ticks > 3
         cancelled = asyncio.create_task(queue.put_from_coroutine(some(1)))
         await asyncio.sleep(0)
         cancelled.cancel()
@@ -266,6 +318,7 @@ def test_a_forked_child_puts_its_own(tmp_path):
             if child == 0:
                 os._exit(queue.in_memory)
             assert os.waitpid(child, 0)[1] == 0
+        wait_until(lambda: not queue.in_memory)  # writing it may hold the file for long
         child = os.fork()
         if child == 0:
             os._exit(0 if queue.put(some(1)) == "disk" else 1)
@@ -277,8 +330,11 @@ def test_a_forked_child_puts_its_own(tmp_path):
 
 
 @pytest.fixture(params=["redis", "valkey"])
-def redis(request: pytest.FixtureRequest, tmp_path: Path) -> RedisServer:
+def redis(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RedisServer:
     """Return a server that is not running yet."""
+    monkeypatch.setattr(forwarder, "LONGEST_WAIT", 1.0)  # by chance it is as long as we wait
     return RedisServer(request.param, tmp_path / "redis")
 
 
@@ -293,9 +349,8 @@ def test_letters_arrive_when_redis_comes(redis, tmp_path):
             assert ids_of(everything(queue.store)) == ids_of(letters)
 
 
-def test_letters_arrive_through_a_redis_that_hangs_and_dies(redis, tmp_path, monkeypatch):
+def test_letters_arrive_through_a_redis_that_hangs_and_dies(redis, tmp_path):
     """Neither a server that does not answer nor one that forgets everything loses a letter."""
-    monkeypatch.setattr(forwarder, "LONGEST_WAIT", 1.0)  # by chance it is as long as we wait
     letters = some(90)
     with redis, DeadLetterQueue(tmp_path / "data", redis_url=redis.url) as queue:
         queue.put(letters[:30])
@@ -383,8 +438,8 @@ def test_half_a_character_in_memory_holds_nothing_up(tmp_path):
     with DeadLetterQueue(tmp_path) as queue:
         with held_by_another(tmp_path):
             assert queue.put([a_letter(key="\udc80"), *some(2)]) == "memory"
-        wait_until(lambda: queue.store.stats().total == 3)
-        assert (queue.in_memory, queue.lost) == (0, 0)
+        wait_until(lambda: not queue.in_memory)  # a moment after the file has them
+        assert (queue.store.stats().total, queue.lost) == (3, 0)
 
 
 def test_a_letter_that_comes_after_the_end_is_written_or_lost_loudly(tmp_path, caplog):

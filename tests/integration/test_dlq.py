@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from patience import be_patient
 from processes import PROGRAMS, clean_environment
 
 from periscope_otel.dead_letter import Filter, open_store
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter import Letter, Store
 
 MODULE = "operations"
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine that stops for seconds change nothing."""
+    be_patient(monkeypatch)
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -65,7 +72,7 @@ def dlq(tmp_path):
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
             check=False,
         )
         assert "Traceback" not in done.stderr
@@ -405,7 +412,7 @@ def on_terminal(*arguments: str, **environment: str) -> str:
     ) as process:  # fmt: skip
         os.close(child)
         written = b""
-        while select.select([parent], [], [], 30)[0]:
+        while select.select([parent], [], [], 60)[0]:
             try:
                 part = os.read(parent, 65536)
             except OSError:  # how Linux tells that the other end is closed
@@ -413,7 +420,7 @@ def on_terminal(*arguments: str, **environment: str) -> str:
             if not part:
                 break
             written += part
-        process.wait(30)
+        process.wait(60)
     os.close(parent)
     return written.decode()
 

@@ -19,6 +19,7 @@ import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import be_patient
 from processes import clean_environment
 
 from periscope_otel.dead_letter import DamagedLetterError, Filter, Letter, open_store
@@ -52,6 +53,11 @@ if TYPE_CHECKING:
 
     from periscope_otel.dead_letter import Store
 
+# However slowly a busy machine gives and tries the examples.
+AT_LEISURE = settings(
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 ANY_VALUE = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | ANY_TEXT
@@ -90,6 +96,12 @@ ANY_LETTER = st.builds(
         ANY_TEXT.filter(lambda name: name not in Letter.__struct_fields__), ANY_VALUE, max_size=3
     ),
 )
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine that stops for seconds change nothing."""
+    be_patient(monkeypatch)
 
 
 @contextmanager
@@ -131,6 +143,7 @@ def imported(store: Store, lines: bytes, **more: Any):
 # --- lines ----------------------------------------------------------------------------------------
 
 
+@AT_LEISURE
 @given(ANY_LETTER)
 def test_a_line_is_its_letter(letter):
     """A letter of this version or a newer one is the same after it was a line, to the byte."""
@@ -140,6 +153,7 @@ def test_a_line_is_its_letter(letter):
     assert from_line(line).encode() == letter.encode()
 
 
+@AT_LEISURE
 @given(st.binary(max_size=300))
 def test_any_line_is_a_letter_or_a_clear_error(line):
     """What is no letter raises a DamagedLetterError and nothing else."""
@@ -154,6 +168,7 @@ JSON = st.recursive(
 )
 
 
+@AT_LEISURE
 @given(st.sampled_from(Letter.__struct_fields__), JSON)
 def test_a_line_with_a_wrong_field_is_a_letter_or_a_clear_error(name, value):
     """A field of any other value gives a letter or a DamagedLetterError."""
@@ -201,9 +216,7 @@ def test_a_bomb_is_not_unpacked():
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "redis"])
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(AT_LEISURE, max_examples=30)
 @given(letters=st.lists(ANY_LETTER, max_size=5, unique_by=lambda letter: letter.sha256))
 def test_an_import_of_an_export_is_the_store(redis, kind, letters):
     """Letters come out of another store as they were in the first, in state and replays, too."""

@@ -21,10 +21,14 @@ AT_ONCE = 6
 def test_no_kill_point_loses_what_had_ended(collector: Receiver) -> None:
     """At 200 random kill points all operations that had ended arrive, as span and count."""
     seed = secrets.token_hex(4)
-    env = {"OTEL_BSP_MAX_QUEUE_SIZE": "50000", "PERISCOPE_SHUTDOWN_TIMEOUT": "30"}
+    env = {
+        "OTEL_BSP_MAX_QUEUE_SIZE": "50000",
+        "OTEL_EXPORTER_OTLP_TIMEOUT": "60",  # what is given up too early arrives twice
+        "PERISCOPE_SHUTDOWN_TIMEOUT": "60",
+    }
     arguments = (collector.http, seed, str(KILL_POINTS), str(AT_ONCE))
     with running("kill_points", *arguments, env=env) as driver:
-        ended = driver.ended(110)
+        ended = driver.ended(280)
     programs = [json.loads(line) for line in ended.lines]
     services = collector.by_service()
     wrong = []

@@ -16,7 +16,9 @@ from contextlib import ExitStack, closing, suppress
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from patience import PATIENT, be_patient
 from processes import running
+from redis.exceptions import RedisError
 from redis_faults import FAULTS
 from redis_servers import NoServerError, RedisServer
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from processes import Program
+    from redis import Redis
 
     from periscope_otel.dead_letter import Store
 
@@ -55,6 +58,12 @@ KILLS = int(os.environ.get("PERISCOPE_TEST_KILLS", "30"))
 WITHIN = 60.0
 MARK = b"\xf0\x9f\x94\xad telescope"
 """In the payload of every letter that is to be damaged."""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine that stops for seconds change nothing."""
+    be_patient(monkeypatch)
 
 
 def wait_until(holds: Callable[[], bool], within: float = WITHIN) -> None:
@@ -108,15 +117,17 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return lambda: monkeypatch.setattr(outbox, "GRACE", 0.5)
 
 
-def put_some(queue: DeadLetterQueue, count: int, pause: float = 0.001) -> tuple[list[str], float]:
-    """Put letters; returns their ids and the 99th percentile of the seconds that a put took."""
+def put_some(
+    queue: DeadLetterQueue, count: int, pause: float = 0.001
+) -> tuple[list[str], list[float]]:
+    """Put letters; returns their ids and the seconds that each put took."""
     letters, took = some(count, error_stack="x" * 1500), []
     for letter in letters:
         began = time.perf_counter()
         assert queue.put([letter]) == "disk"
         took.append(time.perf_counter() - began)
         time.sleep(pause)
-    return ids_of(letters), statistics.quantiles(took, n=100)[98]
+    return ids_of(letters), took
 
 
 def arrived(store: Store) -> set[str]:
@@ -135,25 +146,29 @@ def test_no_letter_is_lost_whatever_redis_does(
     fault: str,
     record_property: Callable[[str, object], None],
 ) -> None:
-    """What is put before, during and after is all there, and a put takes as long as ever."""
+    """What is put before, during and after is all there, and a put takes as long as ever.
+
+    Twice is the aim, and measured by a benchmark with the 99th percentile; here the machine may be
+    busy, and stop now and then. What waits for the network takes as long as that is waited for.
+    """
     with (
         a_server(kind, tmp_path / "redis") as server,
         DeadLetterQueue(tmp_path / "data", redis_url=server.url) as queue,
-        open_store(server.url, timeout=1.0) as store,
+        open_store(server.url) as store,
     ):
         before, normal = put_some(queue, 300)
         with FAULTS[fault](server):
-            during, spoilt = put_some(queue, 300)
+            during, took = put_some(queue, 300)
         after, _ = put_some(queue, 50)
         wanted = {*before, *during, *after}
         soon()
         wait_until(lambda: arrived(store) >= wanted)
-        assert arrived(store) == wanted
+        assert set(ids_of(everything(store, limit=1000))) == wanted
         assert (queue.in_memory, queue.lost) == (0, 0)
-    record_property("put p99 in the fault, of the normal", round(spoilt / normal, 2))
-    # Twice is the aim, and measured by a benchmark; here the machine may be busy. What waits for
-    # the network takes half a second.
-    assert spoilt < max(10 * normal, 0.1)
+    usual, spoilt = (statistics.quantiles(one, n=10)[8] for one in (normal, took))
+    record_property("put p90 in the fault, of the normal", round(spoilt / usual, 2))
+    assert spoilt < max(10 * usual, 0.1)
+    assert max(took) < PATIENT / 2
 
 
 @pytest.mark.usefixtures("soon")
@@ -225,9 +240,18 @@ def test_what_was_replayed_does_not_come_back_after_the_grace_time(
         wait_until(lambda: store.stats().total == 20)
         assert replay(store).succeeded == 20
         soon()
-        time.sleep(2.0)
+        outgoing = queue._outbox.database
+        # A letter leaves the outbox once it was looked for.
+        wait_until(lambda: outgoing.read("SELECT count(*) FROM outbox") == [(0,)])
         assert store.stats().total == 0
         assert len(done) == 20
+
+
+def is_linked(client: Redis) -> bool:
+    """Whether a replica has its master's data; False while it does not say."""
+    with suppress(RedisError):
+        return client.info("replication").get("master_link_status") == "up"
+    return False
 
 
 @pytest.mark.parametrize("kind", ["redis", "valkey"])
@@ -246,7 +270,7 @@ def test_a_replica_confirms_nothing(tmp_path: Path, soon: Callable[[], None], ki
         soon()
         time.sleep(2.0)
         client.replicaof("127.0.0.1", str(other.port))
-        wait_until(lambda: client.info("replication")["master_link_status"] == "up")
+        wait_until(lambda: is_linked(client))
         client.replicaof("NO", "ONE")
         wait_until(lambda: arrived(store) == set(wanted))
 
@@ -290,7 +314,7 @@ def test_a_crowd_on_one_outbox_loses_nothing(tmp_path: Path) -> None:
                 crowd[victim].send(signal.SIGKILL)
                 killed.add(victim)
         for pid in crowd.keys() - killed:
-            assert crowd[pid].line().split()[1:] == ["0", "0"]
+            assert crowd[pid].line(150).split()[1:] == ["0", "0"]
         with open_store(server.url) as store:
             wait_until(lambda: arrived(store) >= set(log.read_text().split()))
             # One that was killed may have put one more letter than it could say.

@@ -303,7 +303,7 @@ def test_refused_letters_say_so_once(outbox, store, forwarder, caplog):
     store.refuses = tuple(ids_of(letters))
     outbox.put(letters)
     rounds(forwarder)
-    (warning,) = [one for one in caplog.messages if "refused" in one]
+    (warning,) = [one for one in caplog.messages if "is refused and waits" in one]
     assert letters[0].id in warning
     assert "5 minutes" in warning
 

@@ -6,16 +6,20 @@ import asyncio
 import itertools
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
+from patience import be_patient
 from processes import clean_environment, running
+from redis import Redis
 from redis_servers import NoServerError, RedisServer
 
 from periscope_otel import current_operation, monitored, operation
@@ -27,6 +31,7 @@ from periscope_otel.dead_letter.store import MOST_LEASES, MOST_REPLAYS
 from periscope_otel.failure import Failure
 from periscope_otel.replay import replay, replay_handler
 from periscope_otel.replay import run as replay_run
+from periscope_otel.replay.run import LEASE
 from periscope_otel.testing import capture_telemetry
 
 pytest.register_assert_rewrite("store_conformance")
@@ -44,6 +49,14 @@ if TYPE_CHECKING:
 WITHIN = 60.0
 SPAN = "dead_letter.replay"
 _numbers = itertools.count()
+_OWNER = 5
+"""The place of a letter's owner in what a Redis keeps of its changes."""
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine that stops for seconds change nothing."""
+    be_patient(monkeypatch)
 
 
 class HeldError(Exception):
@@ -52,6 +65,55 @@ class HeldError(Exception):
     def __init__(self, outcome: Any = "rejected") -> None:
         super().__init__("not now")
         self.periscope_failure = Failure(outcome, "HeldError", "ignored", retryable=False)
+
+
+def let_pass(url: str, seconds: float, holder: str = "") -> None:
+    """Let time pass for the leases in a store: their ends are moved into the past.
+
+    Args:
+        url: The store's.
+        seconds: How much.
+        holder: What the owner's name begins with; by default all.
+    """
+    if url.startswith("sqlite:///"):
+        path = url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path, timeout=WITHIN)) as connection, connection:
+            connection.execute(
+                "UPDATE letters SET until = until - ? WHERE state = 'claimed' AND owner LIKE ?",
+                (seconds, f"{holder}%"),
+            )
+        return
+    with Redis.from_url(url, socket_timeout=WITHIN) as client:
+        for key in client.keys("*}:leases"):
+            letter_of = key.removesuffix(b"leases") + b"l:"
+            for letter_id in client.zrange(key, 0, -1):
+                changing = client.hget(letter_of + letter_id, "x")
+                if changing and msgspec.msgpack.decode(changing)[_OWNER].startswith(holder):
+                    # Unless it has ended meanwhile.
+                    client.zadd(key, {letter_id: -seconds}, xx=True, incr=True)
+
+
+def lease_ends(url: str) -> list[float]:
+    """Return when the leases in a store end, as those who claim see it."""
+    if url.startswith("sqlite:///"):
+        path = url.removeprefix("sqlite:///")
+        with closing(sqlite3.connect(path, timeout=WITHIN)) as connection:
+            found = connection.execute("SELECT until FROM letters WHERE state = 'claimed'")
+            return [until for (until,) in found]
+    with Redis.from_url(url, socket_timeout=WITHIN) as client:
+        return [
+            until
+            for key in client.keys("*}:leases")
+            for _, until in client.zrange(key, 0, -1, withscores=True)
+        ]
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    """Wait for what other threads and processes do."""
+    deadline = time.monotonic() + WITHIN
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 class World:
@@ -215,28 +277,28 @@ def test_a_letter_that_fails_five_times_is_parked(world, name):
     assert replay(world.store).succeeded == 1
 
 
-def test_a_letter_that_replayers_die_of_is_parked(world, name):
+def test_a_letter_that_replayers_die_of_is_parked(world, name, url):
     """Three leases that ran out park a letter: no replay tries it again."""
     ingest = Ingest(name)
     letter = world.fail(ingest.function, 1)
     ingest.heal()
     for number in range(MOST_LEASES):
-        assert world.store.claim(f"dies {number}", 0.01, 1, Filter())
-        time.sleep(0.05)
+        assert world.store.claim(f"dies {number}", LEASE, 1, Filter())
+        let_pass(url, LEASE + 1)
         replay(world.store, Filter(operation=f"{name}.another"))  # ends leases
     assert replay(world.store).tried == 0
     assert world.state(letter) == "parked"
     assert ingest.calls == []
 
 
-def test_a_lease_that_ran_out_is_taken_over(world, name):
+def test_a_lease_that_ran_out_is_taken_over(world, name, url):
     """What a dead replayer held is replayed by the next one once its lease has run out."""
     ingest = Ingest(name)
     letter = world.fail(ingest.function, 1)
     ingest.heal()
-    assert world.store.claim("dies", 0.3, 1, Filter())
+    assert world.store.claim("dies", LEASE, 1, Filter())
     assert replay(world.store).tried == 0
-    time.sleep(0.4)
+    let_pass(url, LEASE + 1)
     assert replay(world.store).succeeded == 1
     assert world.state(letter) is None
 
@@ -532,7 +594,7 @@ def test_what_a_coroutine_leaves_running_is_ended(sqlite, name, recwarn, caplog)
     async def ingest(value: int) -> None:
         if fails:
             raise KeyError(value)
-        tasks.add(asyncio.create_task(background()))
+        tasks.add(asyncio.create_task(background(), name=f"{name}.background"))
         await asyncio.sleep(0)
 
     tasks: set[Any] = set()
@@ -540,7 +602,7 @@ def test_what_a_coroutine_leaves_running_is_ended(sqlite, name, recwarn, caplog)
     fails = False
     assert replay(sqlite.store).succeeded == 1
     assert ended == ["cancelled"]
-    assert "pending" not in caplog.text
+    assert f"{name}.background" not in caplog.text  # of other tests' tasks anything may be told
 
 
 def test_an_awaitable_that_is_no_coroutine_is_awaited(sqlite, name):
@@ -1146,24 +1208,44 @@ def test_letters_of_a_newer_version_are_replayed(world, name):
 # Leases, and stores that are away.
 
 
-def test_the_lease_is_renewed_as_long_as_a_handler_runs(world, name, url):
+class Soon(threading.Event):
+    """Waits a hundredth of what it is asked to, and knows what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.asked.append(timeout)
+        return super().wait(timeout / 100)
+
+
+def test_the_lease_is_renewed_as_long_as_a_handler_runs(world, name, url, monkeypatch):
     """A handler may run longer than its lease: no other replayer gets the letter meanwhile."""
-    lease, ingest = 3.0, Ingest(name)
+    ingest, soon = Ingest(name), Soon()
     letter = world.fail(ingest.function, 1)
     ingest.heal()
     got: list[Any] = []
 
+    class Often(replay_run._Run):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self._finished = soon
+
+    monkeypatch.setattr(replay_run, "_Run", Often)
+
     @replay_handler(name)
     def again(value: int) -> None:
-        began = time.monotonic()
         with open_store(url) as other:
-            while time.monotonic() - began < 1.3 * lease:
-                got.extend(other.claim("other", lease, 1, Filter(states=("dead", "queued"))))
-                time.sleep(0.1)
+            for _ in range(3):
+                let_pass(url, 0.8 * LEASE)
+                wait_until(lambda: min(lease_ends(url)) > time.time() + 0.5 * LEASE)
+                got.extend(other.claim("other", LEASE, 1, Filter(states=("dead", "queued"))))
 
-    assert replay(world.store, lease=lease).succeeded == 1
+    assert replay(world.store).succeeded == 1
     assert got == []
     assert world.state(letter) is None
+    assert max(soon.asked) < 0.5 * LEASE
 
 
 def test_a_replayer_that_lost_its_letter_does_not_settle_it(world, name):
@@ -1249,10 +1331,10 @@ def test_a_store_that_stays_away_gets_its_letters_back_by_their_leases(sqlite, n
     ingest = Ingest(name)
     letter = sqlite.fail(ingest.function, 1)
     ingest.heal()
-    report = replay(Moody(sqlite.store, settle=99), lease=0.5)
+    report = replay(Moody(sqlite.store, settle=99))
     assert (report.succeeded, report.lost_claim) == (0, 1)
     assert sqlite.state(letter) == "claimed"
-    time.sleep(0.6)
+    let_pass(sqlite.store.url, LEASE + 1)
     assert replay(sqlite.store).succeeded == 1
 
 
@@ -1283,40 +1365,70 @@ def test_a_look_at_a_store_that_is_away_does_not_undo_a_failure(sqlite, name):
     assert sqlite.store.get(letter.id).replays == 1
 
 
+class Hanging(Moody):
+    """A Redis that hangs when it is told of an end, for longer than the first call of it waits."""
+
+    def __init__(self, store: Store, hasty: Store, server: RedisServer) -> None:
+        super().__init__(store)
+        self._hasty, self._server = hasty, server
+
+    def settle(self, *args: Any) -> bool:
+        self.asked["settle"] += 1
+        if self.asked["settle"] > 1:
+            return self._store.settle(*args)
+        self._server.pause()
+        try:
+            return self._hasty.settle(*args)
+        finally:
+            self._server.resume()
+
+
 def test_a_redis_that_hangs_when_a_replay_ends_is_told_later(server, name):
-    """A Redis that does not answer for a second gets the success after it."""
+    """A Redis that does not answer for a while gets the success after it."""
     with server.client as client:
         client.flushall()
     ingest = Ingest(name)
-    with RedisStore(server.url, timeout=0.3) as opened, capture_telemetry() as captured:
-        world = World(opened, captured)
-        world.fail(ingest.function, 1)
-
-        @replay_handler(name)
-        def again(value: int) -> None:
-            server.pause()
-            threading.Timer(1.0, server.resume).start()
-
-        try:
-            assert replay(opened, lease=60).succeeded == 1
-        finally:
-            server.resume()
+    with (
+        RedisStore(server.url) as opened,
+        RedisStore(server.url, timeout=0.3) as hasty,
+        capture_telemetry() as captured,
+    ):
+        World(opened, captured).fail(ingest.function, 1)
+        ingest.heal()
+        with suppress(StoreError):
+            hasty.stats()  # connects
+        hanging = Hanging(opened, hasty, server)
+        assert replay(hanging).succeeded == 1
+        assert hanging.asked["settle"] == 2
         assert opened.stats().total == 0
 
 
 # Interruptions, and what people see.
 
 
-def test_ctrl_c_lets_what_runs_finish(world, name):
+def test_ctrl_c_lets_what_runs_finish(world, name, monkeypatch):
     """An interruption ends the replay after the handlers that run; their letters are settled."""
     ingest = Ingest(name)
     some_failed(world, ingest, 4)
     finished: list[int] = []
+    waits, was_stopped = threading.Event(), []
+
+    class Watched(replay_run._Run):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            was_stopped.append(self._stop)
+
+        def _wait(self) -> None:
+            waits.set()
+            super()._wait()
+
+    monkeypatch.setattr(replay_run, "_Run", Watched)
 
     @replay_handler(name)
     def again(value: int) -> None:
+        assert waits.wait(WITHIN)
         os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.6)
+        assert was_stopped[0].wait(WITHIN)
         finished.append(value)
 
     with pytest.raises(KeyboardInterrupt):
@@ -1397,7 +1509,7 @@ def test_two_replayers_share_the_letters(url, tmp_path):
     letters = put_letters(url, 60)
     log = tmp_path / "log"
     log.touch()
-    arguments = (url, str(log), "3", "60", "0.02")
+    arguments = (url, str(log), "3", "120", "0.02")
     with running("replayer", *arguments) as one, running("replayer", *arguments) as other:
         assert {one.line(), other.line()} == {"ready"}
         one.tell()
@@ -1420,7 +1532,7 @@ def test_a_replayer_that_is_killed_loses_nothing(url, tmp_path, round_number):
     letters = put_letters(url, 30)
     log = tmp_path / "log"
     log.touch()
-    arguments = (url, str(log), "2", "4", "0.2")
+    arguments = (url, str(log), "2", "120", "0.2")
     with running("replayer", *arguments) as victim, running("replayer", *arguments) as other:
         assert {victim.line(), other.line()} == {"ready"}
         victim.tell()
@@ -1433,6 +1545,11 @@ def test_a_replayer_that_is_killed_loses_nothing(url, tmp_path, round_number):
         time.sleep(0.1 * round_number)
         victim.send(signal.SIGKILL)
         assert victim.ended().status == -signal.SIGKILL
+        while other.running:
+            # Again and again: a Redis may read what it asked for after its death.
+            let_pass(url, 121, holder=f"{victim.pid} ")
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         assert other.ended().status == 0, other.ended()
     succeeded: Counter[str] = Counter()
     for key, run in runs_of(log).items():

@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from patience import be_patient
 from processes import clean_environment
 
 from periscope_otel.dead_letter import DeadLetterError, Filter, open_store
@@ -37,6 +38,12 @@ if TYPE_CHECKING:
     from periscope_otel.dead_letter import Letter, Store
 
 NOW = 2_000_000_000.0
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a machine that stops for seconds change nothing."""
+    be_patient(monkeypatch)
 
 
 @pytest.fixture(params=["sqlite", "redis"])

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 
+import patient  # noqa: F401  (for what importing it does)
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 

@@ -4,6 +4,8 @@ import contextlib
 import os
 import sys
 
+import patient  # noqa: F401  (for what importing it does)
+
 import periscope_otel as periscope
 
 

@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from contextlib import suppress
 from pathlib import Path
 
+import patient
 import redis  # noqa: F401  (imported once, for all workers)
 
 import periscope_otel as periscope
@@ -82,13 +83,14 @@ def live(number):
     phase = PHASES[number % len(PHASES)]
     os.write(1, b"\n")  # it has begun
     if phase == "in replay":
-        with open_store(url) as store:
-            while True:
-                try:
-                    replay(store, lease=LEASE, concurrency=2)
-                except StoreError as error:  # held by others for too long
-                    print(error, file=sys.stderr)
-                time.sleep(0.001)
+        while True:
+            try:
+                with open_store(url) as store:
+                    while True:
+                        replay(store, lease=LEASE, concurrency=2)
+                        time.sleep(0.001)
+            except StoreError as error:  # held by others for too long
+                print(error, file=sys.stderr)
     for turn in itertools.count():
         with suppress(ConnectionError):
             work(f"{number}-{turn}")
@@ -183,7 +185,7 @@ began = time.monotonic()
 ended = kill_all()
 killed_in = time.monotonic() - began
 configure()
-with open_store(url) as store:
+with open_store(url, **({"busy": patient.PATIENT} if redis_url == "-" else {})) as store:
     attempted, ingested, letters, missing = wait_until_all_are_there(store)
     abandoned = len(store.list(Filter(states=STATES, error_type="abandoned"), limit=1000).letters)
     heal(store)

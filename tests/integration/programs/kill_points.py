@@ -20,7 +20,7 @@ from opentelemetry.exporter.otlp.proto.http import metric_exporter, trace_export
 import periscope_otel as periscope
 import periscope_otel.runtime
 
-HANG = 45.0
+HANG = 90.0
 """Seconds from the signal on after which a program is taken to hang."""
 
 

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import patient  # noqa: F401  (for what importing it does)
+
 from periscope_otel import guard
 from periscope_otel.dead_letter import outbox
 from periscope_otel.dead_letter.codecs import encode_item
