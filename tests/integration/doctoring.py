@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 ENDS_WITHIN = 150.0
 """Seconds after which a command is taken to hang; it has a few to do, on a machine that is busy."""
+UNHURRIED = ("--timeout", "30")
+"""For servers that answer, of which a busy machine may stop any for seconds.
+
+What refuses is tried again for as long as there is time, so this is not for that.
+"""
 LONGEST = 500
 FIELDS = ("check", "status", "message", "remedy")
 STATUSES = ("ok", "off", "warning", "broken")

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 Behaviour = Literal["ok", "500", "401", "404", "429", "hang", "truncated", "reset", "refused"]
 
 RETRY_AFTER = 30
-HANGS_FOR = 20.0
+HANGS = "/hang"
+"""How the path ends at which it does not answer."""
+HANGS_FOR = 60.0
 
 
 class FlakyServer(http.server.ThreadingHTTPServer):
@@ -41,7 +43,8 @@ class FlakyServer(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         """Where to find it; nobody listens there when it is to refuse connections."""
         port = self._deaf.getsockname()[1] if self.behaviour == "refused" else self.server_port
-        return f"http://{self.host}:{port}/feed"
+        path = HANGS if self.behaviour == "hang" else "/feed"
+        return f"http://{self.host}:{port}{path}"
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: clients that go away are what is tested."""

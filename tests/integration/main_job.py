@@ -33,7 +33,7 @@ def run(*arguments: object, example: str = "ingest_attack.py", **variables: str)
         env=environment(**variables),
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nvml import ends_well
-from processes import otlp, running
+from patient import otlp
+from processes import running
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:

@@ -20,6 +20,7 @@ import pytest
 from doctoring import (
     HOSTILE,
     ORDER,
+    UNHURRIED,
     Told,
     doctor,
     doctor_apart,
@@ -29,7 +30,8 @@ from doctoring import (
 )
 from nvml import compile_stub, ends_well
 from otlp import black_hole, refusing
-from processes import otlp, running
+from patient import otlp
+from processes import running
 
 from periscope_otel.dead_letter.queue import FILE, DeadLetterQueue
 
@@ -74,12 +76,13 @@ class Examined:
 
     def outside(self, *arguments: str, **environment: str) -> Told:
         """Ask its page."""
-        return doctor("--program", f"127.0.0.1:{self.port}", *arguments, **environment)
+        where = f"127.0.0.1:{self.port}"
+        return doctor("--program", where, *UNHURRIED, *arguments, **environment)
 
-    def until(self, holds: Callable[[Told], bool]) -> Told:
+    def until(self, holds: Callable[[Told], bool], *arguments: object) -> Told:
         """Have it examine itself until something holds."""
         end = time.monotonic() + WITHIN
-        while not holds(told := self.inside()):
+        while not holds(told := self.inside(*arguments)):
             assert time.monotonic() < end, told.problems()
         return told
 
@@ -187,7 +190,7 @@ def test_the_child_of_a_fork_examines_itself(collector):
     """Whatever its parent's threads were doing."""
     with program(env=otlp(collector.http), data_dir=None, prometheus=ANY_PORT) as one:
         one.ask("work", ["fetch"])
-        found = one.inside(how="examine_in_child")
+        found = one.inside(20.0, how="examine_in_child")
     assert found.status_of("traces.export") == "ok"
     assert found.all("program.traces")
 
@@ -288,7 +291,7 @@ def test_the_page_answers_this_machine_on_all_its_loopbacks():
     with program(prometheus="[::]:0") as one:
         assert get("::1", one.port, "/doctor")[0] == 200
         assert get("127.0.0.1", one.port, "/doctor")[0] == 200
-        found = doctor("--program", f"[::1]:{one.port}")
+        found = doctor("--program", f"[::1]:{one.port}", *UNHURRIED)
     assert found.status_of("metrics.prometheus") == "ok"
     assert found.all("program.traces")
 
@@ -573,7 +576,7 @@ def test_spans_that_were_dropped_are_warned_of():
         env = otlp(silent, OTEL_BSP_MAX_QUEUE_SIZE="5", OTEL_BSP_MAX_EXPORT_BATCH_SIZE="5")
         with program(env=env, shutdown_timeout=0.1) as one:
             one.ask("spans", 50)
-            found = one.inside(0.5)
+            found = one.inside(3.0)
     assert found.status_of("program.losses") == "warning"
     assert "dropped" in found.text("program.losses")
 
@@ -659,7 +662,7 @@ def test_breakers_that_were_set_by_hand_are_warned_of(collector, redis):
     with program(env=otlp(collector.http), redis_url=redis.url, dead_letters=False) as one:
         assert one.inside().is_well("program.breakers")
         one.ask("open_breaker", "urlhaus.abuse.ch")
-        link = RedisLink(redis.url)
+        link = RedisLink(redis.url, WITHIN)
         Records(link).change(
             "urlhaus.abuse.ch", Verdict("forced_open", "manual"), None, anyway=True
         )
@@ -691,10 +694,10 @@ def test_a_driver_that_hangs_in_a_program_is_warned_of(collector, library):
     """The sampler has noticed; examining ends all the same."""
     env = otlp(collector.http, LD_LIBRARY_PATH=str(library))
     with program(env=env, gauges=["gpu"]) as one:
-        one.ask("faster_gauges")
+        one.ask("faster_gauges", 2.0)
         one.until(lambda told: told.status_of("program.gauges") == "ok")
         one.ask("stub", "hang", "nvmlDeviceGetCurrentClocksEventReasons")
-        found = one.until(lambda told: not told.is_well("program.gauges"))
+        found = one.until(lambda told: not told.is_well("program.gauges"), 2.0)
         assert found.status_of("program.gauges") == "warning"
         one.ask("stub", "hang", "")
 
@@ -703,7 +706,7 @@ def test_examining_takes_nothing_from_the_sampler(collector, library):
     """It reads the same driver, and lets go of it once."""
     env = otlp(collector.http, LD_LIBRARY_PATH=str(library))
     with program(env=env, gauges=["gpu"]) as one:
-        one.ask("faster_gauges")
+        one.ask("faster_gauges", 30.0)
         one.until(lambda told: told.status_of("program.gauges") == "ok")
         for _ in range(3):
             found = one.inside()

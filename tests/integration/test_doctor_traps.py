@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
-from doctoring import doctor, doctor_apart
+from doctoring import UNHURRIED, doctor, doctor_apart
 from processes import clean_environment
 from redis_servers import RedisServer
 
@@ -56,7 +56,8 @@ def test_a_redis_that_refuses_questions_is_not_called_safe(tmp_path):
         client.execute_command(
             "ACL", "SETUSER", "feeds", "on", ">pw4711", "~*", "+@all", "-info", "-config"
         )
-        found = doctor(PERISCOPE_REDIS_URL=f"redis://feeds:pw4711@127.0.0.1:{server.port}/0")
+        url = f"redis://feeds:pw4711@127.0.0.1:{server.port}/0"
+        found = doctor(*UNHURRIED, PERISCOPE_REDIS_URL=url)
     assert found.status_of("redis.reached") == "ok"
     assert found.status_of("redis.policy") == found.status_of("redis.persistence") == "warning"
     assert "acl" in found.text("redis.policy")
@@ -108,7 +109,7 @@ def refusing() -> Iterator[str]:
 
 def test_both_signals_are_told_why_they_are_refused(refusing):
     """In a process that has imported nothing yet."""
-    found = doctor_apart(OTEL_EXPORTER_OTLP_ENDPOINT=refusing)
+    found = doctor_apart(*UNHURRIED, OTEL_EXPORTER_OTLP_ENDPOINT=refusing)
     for signal_ in ("traces", "metrics"):
         assert "credentials" in found.text(f"{signal_}.export")
 
@@ -166,7 +167,7 @@ def test_a_look_at_letters_lets_no_fork_come_between(letters):
     threads = [threading.Thread(target=look) for _ in range(2)]
     for thread in threads:
         thread.start()
-    assert looking.wait(30)
+    assert looking.wait(60)
     children = [_child_that_reads(letters / FILE) for _ in range(30)]
     ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     done.set()
@@ -179,9 +180,9 @@ def _child_that_reads(file: Path) -> int:
     child = os.fork()
     if child:
         return child
-    signal.alarm(30)
+    signal.alarm(120)
     try:
-        connection = sqlite3.connect(file, timeout=20)
+        connection = sqlite3.connect(file, timeout=60)
         connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
         os._exit(0)
     finally:
@@ -214,7 +215,7 @@ trace.set_tracer_provider(tracers)
 metrics.set_meter_provider(MeterProvider([points]))
 logs = LoggerProvider()
 logs.add_log_record_processor(BatchLogRecordProcessor(InMemoryLogRecordExporter()))
-found = periscope.configure(exit_report="never").examine(timeout=0.5).findings
+found = periscope.configure(exit_report="never").examine(timeout=3.0).findings
 for one in found:
     if one.check in ("program.double", "program.duplicates", "export.anywhere"):
         print(one.check, one.status)

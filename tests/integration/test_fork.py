@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from otlp import OUTCOME, Receiver
-from processes import Ended, otlp, run
+from patient import otlp
+from processes import Ended, run
 
 if TYPE_CHECKING:
     from otlp import Received

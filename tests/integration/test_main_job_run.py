@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from otlp import Receiver
 
 
+UNHURRIED = {"PERISCOPE_SHUTDOWN_TIMEOUT": "15"}
+"""For a Collector in this process, which a busy machine stops for seconds."""
+
 # How it looks, and where telemetry goes.
 
 
@@ -84,7 +87,7 @@ def test_a_terminal_gets_a_progress_bar_and_colours():
 
 def test_a_collector_gets_every_operation(collector: Receiver):
     """With --otlp the spans make one trace, and the summary counts what was exported."""
-    result = run("--otlp", collector.http)
+    result = run("--otlp", collector.http, **UNHURRIED)
     received = collector.received()
     assert received.names() == {"ingest": 1, "fetch": 1, "parse": 1, "convert": 10, "store": 10}
     assert len({span.trace_id for span in received.spans}) == 1
@@ -97,7 +100,7 @@ def test_a_collector_gets_every_operation(collector: Receiver):
 
 def test_a_failed_pull_is_counted_for_its_feed(collector: Receiver, tmp_path):
     """What could not be read leaves a span of its feed that says so."""
-    run(tmp_path / "my-feed-2.1.json", "--otlp", collector.http)
+    run(tmp_path / "my-feed-2.1.json", "--otlp", collector.http, **UNHURRIED)
     (fetch,) = (span for span in collector.received().spans if span.name == "fetch")
     assert fetch.attributes["threat.feed.name"] == "my-feed"
     assert fetch.attributes["error.type"] == "FileNotFoundError"
@@ -141,7 +144,7 @@ def test_ctrl_c_ends_with_a_summary(tmp_path):
     )
     with job, (tmp_path / "slow.json").open("w"):  # opens when the job does: it is reading now
         job.send_signal(signal.SIGINT)
-        output, errors = job.communicate(timeout=60)
+        output, errors = job.communicate(timeout=120)
     assert (job.returncode, errors) == (130, "")
     assert re.search(r"fetch +slow +1 1 cancelled", output)
 
@@ -165,7 +168,7 @@ def test_ctrl_c_between_batches_shows_what_was_done(tmp_path):
         env=environment(),
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=120,
         check=False,
     )
     received, ingested, skipped, failed, unaccounted = account(result.stdout)
@@ -197,10 +200,14 @@ def test_the_library_example_undoes_its_patch():
 
 def test_the_flaky_feed_example_sends_no_request_while_open():
     """A breaker opens, what it rejects is not sent, a probe finds the recovery, all is replayed."""
-    result = run(example="flaky_feed.py")
-    assert (result.returncode, result.stderr) == (0, "")
-    sent = [int(number) for number in re.findall(r"requests sent: (\d+)", result.stdout)]
-    assert sent == [1, 2, 2, 1, 0, 0, 0, 1, 1, 1]
+    expected = [1, 2, 2, 1, 0, 0, 0, 1, 1, 1]
+    for _ in range(4):
+        result = run(example="flaky_feed.py")
+        assert (result.returncode, result.stderr) == (0, "")
+        sent = [int(number) for number in re.findall(r"requests sent: (\d+)", result.stdout)]
+        if sent == expected:
+            break  # else it was stopped for longer than its breaker is open, which is two seconds
+    assert sent == expected
     assert result.stdout.count("not sent, open: try again in") == 3
     assert "breaker blocklist is closed: probes succeeded" in result.stdout
     assert result.stdout.endswith("7 succeeded, 0 failed; pages: 10 of 10\n")
@@ -212,6 +219,6 @@ def test_the_testing_example_passes():
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly",
          EXAMPLES / "test_with_periscope.py"],
-        capture_output=True, encoding="utf-8", timeout=60, check=False,
+        capture_output=True, encoding="utf-8", timeout=120, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 from otlp import black_hole, refusing
-from processes import otlp, run
+from patient import otlp
+from processes import run
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from processes import otlp, run
+from patient import otlp
+from processes import run
 
 if TYPE_CHECKING:
     from otlp import Receiver

@@ -60,15 +60,15 @@ def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
         yield made
 
 
-def put_slowly(queue: DeadLetterQueue, count: int) -> tuple[list[str], float]:
-    """Put letters over a second or more; returns their ids and the longest that a put took."""
-    letters, longest = some(count, error_stack="x" * 2000), 0.0
+def put_slowly(queue: DeadLetterQueue, count: int) -> tuple[list[str], list[float]]:
+    """Put letters over a second or more; returns their ids and how long each put took."""
+    letters, took = some(count, error_stack="x" * 2000), []
     for letter in letters:
         began = time.perf_counter()
         assert queue.put([letter]) == "disk"
-        longest = max(longest, time.perf_counter() - began)
+        took.append(time.perf_counter() - began)
         time.sleep(0.005)
-    return ids_of(letters), longest
+    return ids_of(letters), took
 
 
 def wait_for(line: Line, wanted: list[str]) -> None:
@@ -86,13 +86,15 @@ def test_a_bad_line_loses_and_repeats_nothing(line: Line, tmp_path: Path, toxic:
     with DeadLetterQueue(tmp_path / "data", redis_url=line.url) as queue:
         wanted, _ = put_slowly(queue, 50)
         with line.proxy.toxic("redis", kind, **attributes):
-            during, longest = put_slowly(queue, 200)
+            during, took = put_slowly(queue, 200)
         after, _ = put_slowly(queue, 50)
         wait_for(line, [*wanted, *during, *after])
         assert (queue.in_memory, queue.lost) == (0, 0)
     with open_store(line.server.url) as store:
         assert {letter.attempts for letter in everything(store, limit=1000)} == {1}
-    assert longest < 0.4  # what waits for the network takes half a second or more
+    # What waits for the network takes half a second or more, and most would; a machine or a disk
+    # that is busy holds a few up.
+    assert sorted(took)[-4] < 0.4
 
 
 def test_a_line_that_comes_and_goes_loses_nothing(line: Line, tmp_path: Path) -> None:

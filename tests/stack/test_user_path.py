@@ -46,10 +46,10 @@ def run(folder: Path, script: Path, *arguments: str, **variables: str) -> Run:
     spans = folder / "spans.json"
     done = subprocess.run(
         [sys.executable, str(PROGRAMS / "recorded.py"), str(spans), str(script), *arguments],
-        env=environment(**variables),
+        env=environment(**{"PERISCOPE_SHUTDOWN_TIMEOUT": "15"} | variables),
         capture_output=True,
         encoding="utf-8",
-        timeout=60,
+        timeout=120,
         check=False,
     )
     assert done.returncode == 0, done.stderr

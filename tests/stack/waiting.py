@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-WITHIN = 45.0
+WITHIN = 90.0
 PERIOD = 0.1
 
 

@@ -30,6 +30,7 @@ from periscope_otel import guard
 from periscope_otel.dead_letter import Letter
 from periscope_otel.dead_letter.loss import lose
 from periscope_otel.failure import Failure
+from periscope_otel.gauges import sampler
 from periscope_otel.resilience.breaker import breakers
 
 FAILED = Failure("error", "ConnectTimeout", "failure", retryable=True)
@@ -105,7 +106,7 @@ PROVIDERS = {
 """What a kind of program gives to `configure()`."""
 
 
-def examine(timeout=2.0):
+def examine(timeout=5.0):
     diagnosis = runtime.examine(timeout=timeout)
     return [
         {name: getattr(one, name) for name in ("check", "status", "message", "remedy")}
@@ -113,13 +114,13 @@ def examine(timeout=2.0):
     ]
 
 
-def examine_in_child():
+def examine_in_child(timeout):
     """Examine in the child of a fork."""
     out, into = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            os.write(into, json.dumps(examine()).encode())
+            os.write(into, json.dumps(examine(timeout)).encode())
         finally:
             os._exit(0)
     os.close(into)
@@ -237,8 +238,9 @@ def begin_journalled():
     return begun.wait(30)
 
 
-def faster_gauges():
-    """Read every tenth of a second, so that what hangs is noticed soon."""
+def faster_gauges(patience):
+    """Read every tenth of a second, and take what needs more than some seconds to hang."""
+    sampler.LEAST_PATIENCE = patience
     handle = periscope.instrument_gauges(
         meter_provider=runtime.meter_provider, gauges=runtime.settings.gauges, interval=0.1
     )

@@ -13,7 +13,7 @@ import urllib.request
 
 import periscope_otel as periscope
 
-HANG = 20.0
+HANG = 40.0
 """Seconds after which a child is taken to hang."""
 
 

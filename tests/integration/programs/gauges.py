@@ -12,8 +12,10 @@ import sys
 import time
 
 import periscope_otel as periscope
-from periscope_otel.gauges import get_gpu_stats, get_system_stats, gpu_health
+from periscope_otel.gauges import get_gpu_stats, get_system_stats, gpu_health, sampler
 from periscope_otel.gauges.instrument import _state
+
+LONG, SHORT = 30.0, 2.0
 
 
 class Lines(logging.Handler):
@@ -45,8 +47,13 @@ def flush():
     return runtime.flush(30)
 
 
+def patience(seconds):
+    """Take a reading to hang, or to be too old, after that many seconds."""
+    sampler.LEAST_PATIENCE = seconds
+
+
 def host():
-    stats = get_system_stats()
+    stats = get_system_stats(30)
     return stats and [stats.process.pid, stats.memory.total]
 
 
@@ -59,7 +66,7 @@ def gpu():
 
 def gpu_until(problem):
     """Wait until the problem is this one."""
-    end = time.monotonic() + 30
+    end = time.monotonic() + 50
     while gpu()[1] != problem and time.monotonic() < end:
         time.sleep(0.02)
     return gpu()
@@ -86,11 +93,12 @@ def fork(hanging=None):
     if pid:
         return pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if hanging is not None:
+        patience(SHORT)
         stub("hang", hanging)
     periscope.monitored("work")(lambda: None)()
     if hanging is None:
-        get_system_stats(10)
-        get_gpu_stats(10)
+        get_system_stats(30)
+        get_gpu_stats(30)
         readings(2)
     else:
         gpu_until("driver_hangs")
@@ -107,8 +115,11 @@ def close():
 lines = Lines()
 logging.getLogger("periscope_otel").addHandler(lines)
 logging.getLogger("periscope_otel").setLevel(logging.INFO)
+patience(LONG)  # a busy machine stops threads for seconds, and that is not to look like a driver
 gpu_health.FIRST_RETRY, gpu_health.LAST_RETRY, gpu_health.STEADY = 0.1, 0.4, 0.5
 settings = json.loads(sys.argv[1])
+if settings.pop("impatient", False):
+    patience(SHORT)
 for call in settings.pop("stub", ()):
     stub(*call)
 runtime = periscope.configure(**settings)
@@ -120,7 +131,7 @@ if runtime.settings.gauges:
 print(runtime.server.port if runtime.server else 0)
 commands = {
     one.__name__: one
-    for one in (stub, readings, flush, host, gpu, gpu_until, logged, logs, fork, close)
+    for one in (stub, patience, readings, flush, host, gpu, gpu_until, logged, logs, fork, close)
 }
 for line in sys.stdin:
     name, *arguments = json.loads(line)

@@ -1,6 +1,9 @@
 """Calls a dependency under a shared breaker until it is told to stop; tells how that went.
 
-Arguments: the Redis's URL, the dependency's port, the breaker's name, the open time in seconds.
+Arguments: the Redis's URL, the dependency's port, the breaker's name, the open time in seconds, and
+`patient` where it shall not decide alone because the machine has stopped somebody for a while.
+
+It begins at a first line, and ends at a second one, which may name a state to be in before.
 """
 
 import json
@@ -11,20 +14,23 @@ import time
 
 from periscope_otel import guard
 from periscope_otel.failure import Failure
-from periscope_otel.redis_link import RedisLink
+from periscope_otel.redis_link import TIMEOUT, RedisLink
 from periscope_otel.resilience.breaker import breakers
+from periscope_otel.resilience.sharing import talk, verdicts
 from periscope_otel.resilience.sharing.verdicts import SharedVerdicts
 from periscope_otel.telemetry.worker import worker
 
 URL, PORT, NAME, OPEN_TIME = sys.argv[1], int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
 FAILED = Failure("error", "ConnectionError", "failure", retryable=True)
+PATIENT = sys.argv[5] == "patient"
 PAUSE = 0.01
+WITHIN = 30.0
 
 
 def call():
     """Make one call; returns what went wrong."""
     try:
-        with socket.create_connection(("127.0.0.1", PORT), timeout=2.0) as connection:
+        with socket.create_connection(("127.0.0.1", PORT), timeout=WITHIN) as connection:
             return None if connection.recv(1) == b"+" else FAILED
     except OSError:
         return FAILED
@@ -32,20 +38,26 @@ def call():
 
 def main():
     steps, errors, calls, longest = [], [], 0, 0.0
-    breakers.defaults(NAME, open_time=OPEN_TIME, probe_wait=0.5)  # the machine may be busy
+    # The machine may be busy.
+    breakers.defaults(NAME, open_time=OPEN_TIME, probe_wait=5.0 if PATIENT else 0.5)
+    if PATIENT:
+        verdicts.SLOW = talk.UNANSWERED = WITHIN
     breaker = breakers.get(NAME)
     breaker.listen(
         lambda one: steps.append((time.monotonic(), one.from_state, one.to_state, one.adopted))
     )
-    verdicts = SharedVerdicts(RedisLink(URL), breakers)
-    breakers.share(verdicts)
-    verdicts.start()
+    shared = SharedVerdicts(RedisLink(URL, WITHIN if PATIENT else TIMEOUT), breakers)
+    breakers.share(shared)
+    shared.start()
     print("ready", flush=True)
     sys.stdin.readline()
     stopped = threading.Event()
 
     def stop_when_told():
-        sys.stdin.readline()
+        wanted = sys.stdin.readline().strip()
+        deadline = time.monotonic() + WITHIN
+        while wanted and breaker.state != wanted and time.monotonic() < deadline:
+            time.sleep(PAUSE)
         stopped.set()
 
     threading.Thread(target=stop_when_told, daemon=True).start()
@@ -61,8 +73,8 @@ def main():
             errors.append(repr(error))
         time.sleep(PAUSE)
     state = breaker.state
-    closed = verdicts.close(2.0)
-    worker.finish_posted(2.0)
+    closed = shared.close(WITHIN)
+    worker.finish_posted(WITHIN)
     print(json.dumps({
         "steps": steps, "errors": errors, "calls": calls, "longest": longest, "state": state,
         "closed": closed, "internal_errors": guard.counts(),

@@ -20,6 +20,7 @@ URL = sys.argv[1]
 FAILED = Failure("error", "ConnectionError", "failure", retryable=True)
 IGNORED = Failure("cancelled", "CancelledError", "ignored", retryable=False)
 CHILDREN = 20
+WITHIN = 40.0
 
 warnings.simplefilter("ignore", DeprecationWarning)  # of threads and forks, from Python 3.12 on
 guard.set_strict(True)
@@ -27,7 +28,7 @@ breakers.defaults("*", open_time=0.1, jitter=0.0, probe_wait=1.0)
 
 
 def until(happened):
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + WITHIN
     while not happened():
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -59,9 +60,10 @@ def in_child(number):
     probe(own)
     until(lambda: own.state == "closed")
     until(lambda: breakers.get("parents").state == "forced_open")
+    assert verdicts.close(WITHIN)  # all is told
 
 
-verdicts = SharedVerdicts(RedisLink(URL), breakers)
+verdicts = SharedVerdicts(RedisLink(URL, WITHIN), breakers)
 breakers.share(verdicts)
 verdicts.start()
 parents, busy = breakers.get("parents"), breakers.get("busy")
@@ -85,13 +87,13 @@ parents.force_open()
 assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * CHILDREN
 print(f"all {CHILDREN} children shared")
 
-link = RedisLink(URL)
+link = RedisLink(URL, WITHIN)
 seen = Records(link).read([f"child{number}" for number in range(CHILDREN)])
 assert {one.state for one in seen} == {"closed"}
 own = breakers.get("own")
 trip(own)
 time.sleep(0.2)
 probe(own)
-assert verdicts.close()
+assert verdicts.close(WITHIN)
 link.close()
 print("the parent shares still")
