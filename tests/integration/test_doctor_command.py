@@ -429,6 +429,18 @@ def test_a_certificate_that_is_known_is_ok(certificate, protocol):
     assert [found.status_of(f"{signal}.export") for signal in SIGNALS] == ["ok", "ok"]
 
 
+def test_a_variable_that_is_heeded_before_the_certificate_is_named(certificate, tmp_path):
+    """OTLP over HTTP goes through requests, which has one of its own."""
+    others = {
+        "OTEL_EXPORTER_OTLP_CERTIFICATE": str(certificate.path),
+        "REQUESTS_CA_BUNDLE": str(Certificate(tmp_path).path),
+    }
+    with tls_server(certificate, "http/protobuf") as endpoint:
+        found = doctor(**otlp(endpoint, "http/protobuf", **others))
+    both_broken(found, "secure")
+    assert "unset REQUESTS_CA_BUNDLE" in (found.one("traces.export")["remedy"] or "")
+
+
 ECHO = f"no such user: authorization=Bearer {SECRET} Bearer {SECRET} {SECRET}".encode()
 
 

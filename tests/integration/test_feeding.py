@@ -340,6 +340,16 @@ def test_letters_that_waited_for_nothing_are_lost_loudly(missing, caplog):
     assert "LOST the dead letter" in caplog.text
 
 
+def test_a_queue_that_was_let_go_of_is_not_opened_again(missing, tmp_path):
+    """Who waits for the folder gives up, though another one could be opened by then."""
+    fail()
+    in_use.configure(options_of(load({"data_dir": str(tmp_path / "other")}, {})))
+    for thread in threading.enumerate():
+        if thread.name == "periscope-dead-letter-folder":
+            thread.join(WITHIN)
+    assert in_use.opened is None
+
+
 def test_only_so_many_letters_wait(missing, monkeypatch):
     """What is more than that is lost at once, and loudly."""
     monkeypatch.setattr("periscope_otel.dead_letter.memory.MOST", 3)

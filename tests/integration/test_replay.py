@@ -1437,6 +1437,34 @@ def test_ctrl_c_lets_what_runs_finish(world, name, monkeypatch):
     assert world.store.stats().by_state == {"dead": 3}
 
 
+def test_ctrl_c_while_a_thread_is_started_lets_what_runs_finish(world, name, monkeypatch):
+    """Also where the thread runs already, and the call that starts it has not returned."""
+    some_failed(world, Ingest(name), 2)
+    begun, raised = threading.Event(), threading.Event()
+    finished: list[int] = []
+    start = threading.Thread.start
+
+    def held_up(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name == "periscope-replay":
+            assert begun.wait(WITHIN)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(threading.Thread, "start", held_up)
+
+    @replay_handler(name)
+    def again(value: int) -> None:
+        begun.set()
+        if not raised.wait(0.5):
+            finished.append(value)
+
+    with pytest.raises(KeyboardInterrupt):
+        replay(world.store)
+    raised.set()
+    assert finished == [0]
+    assert world.store.stats().by_state == {"dead": 1}
+
+
 BAR = """
 import sys
 from periscope_otel import monitored

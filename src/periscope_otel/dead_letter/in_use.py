@@ -206,10 +206,12 @@ class InUse:
         opened = self._opened
         return self._open_now_or_later() if opened is None else opened
 
-    def _open_now_or_later(self) -> LetterBox:
+    def _open_now_or_later(self, only_for: WaitingLetters | None = None) -> LetterBox:
         why: Exception | None = None
         now = time.monotonic()
         with self._lock:
+            if only_for is not None and (only_for is not self._waiting or self._opened is not None):
+                return only_for  # closed, or opened, in the meantime
             if self._failed_at is None or now - self._failed_at >= _TRY_AGAIN:
                 try:
                     return self.queue()
@@ -231,7 +233,7 @@ class InUse:
             while waiting is self._waiting and self._opened is None:
                 time.sleep(_TRY_AGAIN)
                 with guard.contained("dead letter folder"):
-                    self._open_now_or_later()
+                    self._open_now_or_later(only_for=waiting)
 
         with suppress(RuntimeError):  # at the end of the interpreter no thread starts
             threading.Thread(target=run, name="periscope-dead-letter-folder", daemon=True).start()

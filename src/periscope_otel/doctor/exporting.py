@@ -37,6 +37,12 @@ _SLOW: Final = _Reason(
     "it does not answer in time",
     "look whether the Collector is overloaded, or a firewall drops what is sent there",
 )
+_INSECURE: Final = _Reason(
+    r"SSL|TLS|Tls|certificate|CERTIFICATE",
+    "no secure connection can be made",
+    "use http:// if the Collector has no TLS; else give its CA's certificate in "
+    "OTEL_EXPORTER_OTLP_CERTIFICATE",
+)
 _REASONS: Final = (
     _Reason(
         r"[Ff]ailed to read|No such file",
@@ -71,12 +77,7 @@ _REASONS: Final = (
         "give the base URL in OTEL_EXPORTER_OTLP_ENDPOINT (/v1/traces and /v1/metrics are put "
         "after it), or the whole one in OTEL_EXPORTER_OTLP_TRACES_ENDPOINT and …_METRICS_ENDPOINT",
     ),
-    _Reason(
-        r"SSL|TLS|Tls|certificate|CERTIFICATE",
-        "no secure connection can be made",
-        "use http:// if the Collector has no TLS; else give its CA's certificate in "
-        "OTEL_EXPORTER_OTLP_CERTIFICATE",
-    ),
+    _INSECURE,
     _Reason(
         r"NameResolutionError|Failed to resolve|hostname lookup|Domain name not found"
         r"|DNS resolution",
@@ -192,7 +193,8 @@ def _tried(check: str, signal: str, to: Destination, timeout: float) -> Finding:
     message = reason.message.format(protocol=protocol)
     detail = f" ({heard.said[-1]})" if heard.said and reason is _OTHER_REASON else ""
     through = _grpc_proxy() if to.is_grpc else ""
-    return broken(check, f"{named}{through}: {message}{detail}", reason.remedy)
+    besides = "" if to.is_grpc or reason is not _INSECURE else _other_certificates()
+    return broken(check, f"{named}{through}: {message}{detail}", reason.remedy + besides)
 
 
 def _grpc_proxy() -> str:
@@ -200,6 +202,14 @@ def _grpc_proxy() -> str:
     for name in ("grpc_proxy", "https_proxy", "http_proxy"):
         if os.environ.get(name):
             return f" through the proxy of {name}"
+    return ""
+
+
+def _other_certificates() -> str:
+    """Return what to do about a variable that requests heeds before the exporter's certificate."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        if os.environ.get(name):
+            return f", and unset {name}, which takes the place of that"
     return ""
 
 

@@ -221,26 +221,38 @@ class _Run:
         return self._report
 
     def _start(self, work_off: Callable[[], None], errors: list[BaseException]) -> None:
-        """Start a thread; `_wait` waits for all of them."""
+        """Start a thread; `_wait` waits for all of them.
+
+        Each counts itself: where its start is interrupted nobody else can tell whether it runs.
+        """
+        known = threading.Event()
 
         def run() -> None:
+            goes_on = self._begin_one()
+            known.set()
+            if not goes_on:
+                return
             try:
                 work_off()
             except BaseException as error:  # noqa: BLE001  (raised again in the caller's thread)
                 errors.append(error)
                 self._stop.set()
             finally:
-                self._ended_one()
+                self._end_one()
 
+        threading.Thread(target=run, name="periscope-replay", daemon=True).start()
+        known.wait()
+
+    def _begin_one(self) -> bool:
+        """Count a thread that begins; False if it is to do nothing, since all was stopped."""
         with self._lock:
+            if self._stop.is_set():
+                return False
             self._working += 1
-        try:
-            threading.Thread(target=run, name="periscope-replay", daemon=True).start()
-        except BaseException:
-            self._ended_one()
-            raise
+            self._idle.clear()
+        return True
 
-    def _ended_one(self) -> None:
+    def _end_one(self) -> None:
         with self._lock:
             self._working -= 1
             if not self._working:
@@ -252,8 +264,12 @@ class _Run:
         They are not joined: before Python 3.13 a join that is interrupted takes the thread for one
         that has ended.
         """
-        while self._working and not self._idle.wait(0.2):  # now and then, to be interrupted
-            pass
+        while self._is_working():
+            self._idle.wait(0.2)  # now and then, to be interrupted
+
+    def _is_working(self) -> bool:
+        with self._lock:  # what begins at this moment has counted itself, or has been stopped
+            return self._working > 0
 
     def _work_off(self, work: _Work, loop: asyncio.AbstractEventLoop, bar: Any) -> None:
         while (letter := work.next()) is not None:
