@@ -213,7 +213,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def has_told_all(self) -> None:
         """Listeners have heard every transition, in order."""
-        assert worker.finish_posted(10)
+        assert worker.finish_posted(30)
         heard = [
             Told(*one[1:6], None if one.would_be else one.openings, one.adopted, one.would_be)
             for one in self.heard

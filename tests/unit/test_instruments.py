@@ -162,7 +162,7 @@ def tried_again_until_its_breaker_opens() -> periscope_otel.Breaker:
     for error in (ConnectionError, periscope_otel.CircuitOpenError):
         with pytest.raises(error):
             fetch()
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     return breaker
 
 

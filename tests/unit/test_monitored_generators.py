@@ -96,7 +96,7 @@ def lock_taker(monkeypatch: pytest.MonkeyPatch) -> Iterator[LockTaker]:
     monkeypatch.setattr(current, "telemetry", telemetry_on(tracer_provider, meter_provider))
     yield processor
     monkeypatch.undo()
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     tracer_provider.shutdown()
     meter_provider.shutdown()
 
@@ -495,7 +495,7 @@ def test_the_finaliser_takes_no_lock_of_the_sdk(drop, lock_taker):
     with lock_taker.held():
         drop(count)
         assert lock_taker.ended == []
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert lock_taker.deadlocks == 0
     assert lock_taker.ended == ["ok"]
 

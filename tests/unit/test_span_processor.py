@@ -131,7 +131,7 @@ def test_failed_client_spans_open_the_breaker_that_guards(tracer):
     end(span, 500)
     assert breaker.state == "open"
     assert breaker.allow() is None
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     assert (told[0].reason, told[0].error_type) == ("consecutive_failures", "500")
     assert told[0].span_context == span.get_span_context()
 
@@ -549,7 +549,7 @@ def lenient() -> Iterator[None]:
     """Let errors be contained, as outside of tests."""
     guard.set_strict(False)
     yield
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     guard.reset()
 
 
@@ -562,7 +562,7 @@ def test_a_matcher_that_raises_is_contained(make, monkeypatch):
         guard.logger, "handle", lambda _: threads.append(threading.current_thread())
     )
     call(tracer, 500)
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     assert guard.counts() == {"breaker span processor": 1}
     assert threads
     assert threading.current_thread() not in threads
@@ -577,7 +577,7 @@ def test_a_span_that_is_none_is_contained(hook):
         getattr(BreakerSpanProcessor(), hook)(object())
     finally:
         open_spans.clear()
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     assert guard.counts() == {"breaker span processor": 1}
 
 
