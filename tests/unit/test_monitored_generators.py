@@ -604,6 +604,7 @@ def test_an_exception_leaves_no_cycle(parse, captured_telemetry):
     try:
         with contextlib.suppress(MarkedError):
             generator.throw(MarkedError())
-        assert not any(isinstance(one, MarkedError) for one in gc.get_objects())
+        # By its type: `isinstance` asks proxies, of which some that others made are dead.
+        assert not any(type(one) is MarkedError for one in gc.get_objects())
     finally:
         gc.enable()
