@@ -224,7 +224,7 @@ class Machine(RuleBasedStateMachine):
         self.model.told.clear()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_breaker_is_as_its_model():
     """Over 20,000 random steps under random policies nothing differs, and all paths are taken."""
     Machine.steps = 0

@@ -654,9 +654,9 @@ def test_other_spans_cost_next_to_nothing():
     span = provider.get_tracer("app").start_span("x")
     best = float("inf")
     for _ in range(20):
-        before = time.perf_counter()
+        before = time.thread_time()  # others' share of the processor does not count
         for _ in range(2000):
             processor.on_start(span, parent_context=None)
             processor.on_end(span)
-        best = min(best, (time.perf_counter() - before) / 2000)
+        best = min(best, (time.thread_time() - before) / 2000)
     assert best < (1e-6 if sys.gettrace() is None else 1e-5)  # coverage traces each line
