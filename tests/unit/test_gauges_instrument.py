@@ -50,6 +50,12 @@ class Provided:
         return found
 
 
+@pytest.fixture(autouse=True)
+def filesystems_have_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no filesystem be left out, and told of, since its thread is seldom run."""
+    monkeypatch.setattr(_state.sampler_of("filesystems").source, "_answer_wait", 60.0)
+
+
 @pytest.fixture
 def provide() -> Iterator[Callable[..., Provided]]:
     made: list[Provided] = []
