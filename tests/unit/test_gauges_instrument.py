@@ -93,6 +93,15 @@ def switch_on() -> Iterator[Callable[..., Gauges]]:
 
 
 @pytest.fixture
+def no_sampler() -> Iterator[None]:
+    """Let nothing be sampled on for whoever has asked for it once."""
+    yield
+    _state.asked.clear()
+    for sampler in _state.samplers.values():
+        assert sampler.stop(30)
+
+
+@pytest.fixture
 def settle(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Have nothing be read by itself; what is returned waits until all has been read that is due.
 
@@ -337,6 +346,7 @@ def test_a_closed_handle_silences_nobody_else_on_that_provider():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.usefixtures("no_sampler")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals by a timer")
 def test_a_signal_handler_may_ask_for_stats_and_close(provide):
     """None of the locks is one that the interrupted code could hold against the handler."""
@@ -493,14 +503,6 @@ def test_contribs_own_instrumentation_keeps_the_host_off(provide, switch_on, con
     assert get_system_stats() is not None
     contrib.uninstrument()
     assert "system.memory.limit" in ours.points()
-
-
-@pytest.fixture
-def no_sampler() -> Iterator[None]:
-    yield
-    _state.asked.clear()
-    for sampler in _state.samplers.values():
-        assert sampler.stop(30)
 
 
 @pytest.mark.usefixtures("no_sampler")
