@@ -348,8 +348,10 @@ def test_a_closed_handle_silences_nobody_else_on_that_provider():
 
 @pytest.mark.usefixtures("no_sampler")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals by a timer")
-def test_a_signal_handler_may_ask_for_stats_and_close(provide):
+def test_a_signal_handler_may_ask_for_stats_and_close(provide, monkeypatch):
     """None of the locks is one that the interrupted code could hold against the handler."""
+    # Samplers of its own: a thread that was started twice would read on in other tests.
+    monkeypatch.setattr(_state, "samplers", {})
     provided, calls, goes_on = provide(), 0, True
 
     def handle(_number: int, _frame: object) -> None:

@@ -71,10 +71,18 @@ def clock() -> Clock:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_read_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def nothing_is_read_by_itself(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After the first reading the thread reads when it is woken: real seconds mean nothing here."""
-    wait = module._wait
-    monkeypatch.setattr(module, "_wait", lambda wake, _seconds: wait(wake, 3600.0))
+    wait, waited_for = module._wait, []
+
+    def wait_for_somebody(wake: Any, _seconds: float) -> None:
+        waited_for.append(wake)
+        wait(wake, 3600.0)
+
+    monkeypatch.setattr(module, "_wait", wait_for_somebody)
+    yield
+    for wake in waited_for:
+        wake.put(None)  # also for a thread of which its sampler knows nothing any more
 
 
 @pytest.fixture
