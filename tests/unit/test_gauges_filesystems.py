@@ -192,13 +192,13 @@ class Stuck:
         self.points: set[str] = set()
         self.back = threading.Event()
         self.asked = 0
-        self.waiting: set[str] = set()
+        self.waiting: set[threading.Thread] = set()
         self._statvfs = os.statvfs
 
     def statvfs(self, point: Any) -> Any:
         if point in self.points:
             self.asked += 1
-            self.waiting.add(point)
+            self.waiting.add(threading.current_thread())
             assert self.back.wait(60)
         return self._statvfs(point)
 
@@ -214,9 +214,15 @@ def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stuck]:
     made = Stuck()
 
     class Look(module._Look):
+        by: threading.Thread | None = None
+
         def is_through(self, answer_wait: float) -> bool:
-            self._is_done = Answers(lambda: self.asks in made.waiting)
+            self._is_done = Answers(lambda: self.by in made.waiting)
             return super().is_through(answer_wait)
+
+        def _run(self) -> None:
+            self.by = threading.current_thread()
+            super()._run()
 
     monkeypatch.setattr(os, "statvfs", made.statvfs)
     monkeypatch.setattr(module, "_Look", Look)
