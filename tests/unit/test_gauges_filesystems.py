@@ -196,7 +196,7 @@ class Stuck:
         self._statvfs = os.statvfs
 
     def statvfs(self, point: Any) -> Any:
-        if point in self.points:
+        if point in self.points and not self.back.is_set():
             self.asked += 1
             self.waiting.add(threading.current_thread())
             assert self.back.wait(60)
