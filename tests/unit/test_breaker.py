@@ -93,7 +93,7 @@ def heard_by(breaker: Breaker) -> list[Transition]:
 
 
 def told(heard: list[Transition]) -> list[tuple[str, str, str]]:
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     return [(one.from_state, one.to_state, one.reason) for one in heard]
 
 
@@ -504,7 +504,7 @@ def test_threads_have_blocks_of_their_own(breaker):
     def fetch(number: int) -> None:
         try:
             with breaker as permit:
-                together.wait(10)
+                together.wait(30)
                 if number % 2:
                     raise ValueError
         except ValueError:
@@ -515,7 +515,7 @@ def test_threads_have_blocks_of_their_own(breaker):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     assert outcomes == {n: "ignored" if n % 2 else "success" for n in range(8)}
 
 
@@ -791,9 +791,9 @@ def test_a_listener_can_use_the_breaker(breaker):
     breaker.listen(listener)
     opened_state = threading.Thread(target=lambda: settle(breaker, *[FAILED] * 5))
     opened_state.start()
-    opened_state.join(10)
-    assert worker.finish_posted(10)
-    assert worker.finish_posted(10)
+    opened_state.join(30)
+    assert worker.finish_posted(30)
+    assert worker.finish_posted(30)
     assert seen == [("open", "closed"), ("closed", "closed")]
 
 
@@ -824,9 +824,9 @@ def test_listeners_that_come_at_once_are_all_heard(breaker):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(30)
     breaker.disable()
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert len(counted) == 400
 
 
@@ -1101,7 +1101,7 @@ def _as_the_child_sees_it(breaker: Breaker, permits: list[Any]) -> str:
 
     thread = threading.Thread(target=work, daemon=True)  # another one: the lock is reentrant
     thread.start()
-    thread.join(10)
+    thread.join(30)
     return "".join(done)
 
 

@@ -133,9 +133,9 @@ def test_defanging_takes_no_longer_than_the_text_is_long(piece):
         return min(_timed(text) for _ in range(3))
 
     def _timed(text: str) -> float:
-        began = time.perf_counter()
+        began = time.thread_time()  # what others take of the processor does not count
         plain.defanged(text)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     assert seconds(20_000) < 40 * seconds(2_000) + 0.01
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import json
 import os
 import pty
@@ -49,6 +50,8 @@ NO_WARNINGS = {
 """Nothing to warn of, on a disk that is not full."""
 WARNED = {**NO_WARNINGS, "PERISCOPE_LABEL_LIMITS": "7"}
 BROKEN = {**NO_WARNINGS, "PERISCOPE_LABEL_LIMIT": "many"}
+PATIENTLY = ("--timeout", "30")
+"""For a process of its own, where nothing is asked that would use it up."""
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -59,6 +62,9 @@ def home(tmp_path, monkeypatch) -> Path:
     for name, variable in (("state", "XDG_STATE_HOME"), ("temporary", "TMPDIR"), ("", "HOME")):
         (place / name).mkdir(parents=True, exist_ok=True)
         monkeypatch.setenv(variable, str(place / name))
+    # Servers have as long as the option says, and what asks them all the time that it needs.
+    module = importlib.import_module("periscope_otel.doctor.examine")
+    monkeypatch.setattr(module, "_MORE", 300.0)
     return place
 
 
@@ -299,7 +305,7 @@ def test_nothing_is_left_behind(home, form, redis, monkeypatch):
     before = listing(home)
     for data_dir in (None, home / "letters", home / "new"):
         given = {} if data_dir is None else {"PERISCOPE_DATA_DIR": str(data_dir)}
-        done = command(*form, **given, **redis, PYTHONDONTWRITEBYTECODE="1")
+        done = command(*form, *PATIENTLY, **given, **redis, PYTHONDONTWRITEBYTECODE="1")
         assert done.returncode == (1 if redis else 0), done.stdout
         assert listing(home) == before
 
@@ -309,7 +315,7 @@ def test_letters_that_are_there_stay_as_they_are(home):
     with DeadLetterQueue(home / "letters") as queue:
         queue.put(some(3))
     before = listing(home)
-    found = doctor_apart(PERISCOPE_DATA_DIR=str(home / "letters"))
+    found = doctor_apart(*PATIENTLY, PERISCOPE_DATA_DIR=str(home / "letters"))
     assert found.status_of("data_dir.file") == "ok"
     assert listing(home) == before
 

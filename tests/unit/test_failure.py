@@ -86,6 +86,10 @@ def chained(*errors: BaseException) -> BaseException:
     return errors[0]
 
 
+PATIENCE = 60.0
+"""Seconds that a peer which does answer has for it, however busy the machine is."""
+
+
 # --- a peer on the loopback ----------------------------------------------------------------------
 
 
@@ -125,10 +129,11 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def closed_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def closed_port() -> Iterator[int]:
+    """A port at which nobody listens, and that nobody else can take meanwhile."""
+    with socket.socket() as plug:
+        plug.bind(("", 0))
+        yield plug.getsockname()[1]
 
 
 @pytest.fixture
@@ -141,28 +146,28 @@ def silent_port() -> Iterator[int]:
 
 
 def get_requests(url: str) -> None:
-    requests.get(url, timeout=5).raise_for_status()
+    requests.get(url, timeout=PATIENCE).raise_for_status()
 
 
 def get_httpx(url: str) -> None:
-    httpx.get(url, timeout=5).raise_for_status()
+    httpx.get(url, timeout=PATIENCE).raise_for_status()
 
 
 def get_httpx_async(url: str) -> None:
     async def get() -> None:
-        async with httpx.AsyncClient(timeout=5) as client:
+        async with httpx.AsyncClient(timeout=PATIENCE) as client:
             (await client.get(url)).raise_for_status()
 
     asyncio.run(get())
 
 
 def get_urllib3(url: str) -> None:
-    with urllib3.PoolManager(retries=1, timeout=5) as pool:
+    with urllib3.PoolManager(retries=1, timeout=PATIENCE) as pool:
         pool.request("GET", url)
 
 
 def get_urllib(url: str) -> None:
-    with urllib.request.urlopen(url, timeout=5):
+    with urllib.request.urlopen(url, timeout=PATIENCE):
         pass
 
 
@@ -351,8 +356,8 @@ def test_not_modified(get: Callable[[str], None], peer: str) -> None:
     assert expected(found.error_type, "client") == found
 
 
-def no_retry(port: int, host: str = "127.0.0.1") -> redis.Redis:
-    return redis.Redis(host, port, socket_timeout=0.02, retry=Retry(NoBackoff(), 0))
+def no_retry(port: int, host: str = "127.0.0.1", timeout: float = PATIENCE) -> redis.Redis:
+    return redis.Redis(host, port, socket_timeout=timeout, retry=Retry(NoBackoff(), 0))
 
 
 def test_redis_away(closed_port: int) -> None:
@@ -371,7 +376,7 @@ def test_redis_unresolvable() -> None:
 
 def test_redis_hangs(silent_port: int) -> None:
     """A Redis that hangs is a timeout."""
-    error = raised(no_retry(silent_port).ping)
+    error = raised(no_retry(silent_port, timeout=0.02).ping)
 
     assert expected("TimeoutError", "timeout") == classify(error)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
+from quiet_moment import in_a_quiet_moment
 
 from periscope_otel.gauges import filesystems as module
 from periscope_otel.gauges.filesystems import MOST_HUNG, FilesystemReader
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MIB = 2**20
+PATIENCE = 60.0
+"""Seconds in which even a thread that is seldom run has asked: nothing is to be left out."""
 
 
 def mount(device: str, point: object, kind: str = "ext4", opts: str = "rw") -> SimpleNamespace:
@@ -28,18 +31,22 @@ def mount(device: str, point: object, kind: str = "ext4", opts: str = "rw") -> S
 
 def reader(*disks: SimpleNamespace, others: tuple[SimpleNamespace, ...] = ()) -> FilesystemReader:
     """Return a reader of a machine on which these are mounted."""
-    return FilesystemReader(lambda every: [*disks, *(others if every else ())], answer_wait=0.05)
+    return FilesystemReader(
+        lambda every: [*disks, *(others if every else ())], answer_wait=PATIENCE
+    )
 
 
 def points(told: tuple[Any, ...]) -> list[str]:
     return sorted(one.mountpoint for one in told)
 
 
+@in_a_quiet_moment
 def test_the_root_filesystem_is_told_with_its_sizes():
     """The root filesystem is told, its states add up to its size, and `df` says the same."""
-    root = next(one for one in FilesystemReader().read(slow=True) if one.mountpoint == "/")
-    told = os.statvfs("/")
-    assert root.used + root.free + root.reserved == told.f_blocks * told.f_frsize
+    told = FilesystemReader(answer_wait=PATIENCE).read(slow=True)
+    root = next(one for one in told if one.mountpoint == "/")
+    size = os.statvfs("/")
+    assert root.used + root.free + root.reserved == size.f_blocks * size.f_frsize
     assert root.free == pytest.approx(shutil.disk_usage("/").free, abs=256 * MIB)
     assert root.used == pytest.approx(shutil.disk_usage("/").used, abs=256 * MIB)
     assert root.mode in ("rw", "ro")
@@ -155,7 +162,7 @@ def test_they_are_asked_on_the_slow_beat_alone():
         asked.append(every)
         return [mount("/dev/sda1", "/")]
 
-    host = FilesystemReader(mounts)
+    host = FilesystemReader(mounts, answer_wait=PATIENCE)
     first = host.read(slow=False)
     assert host.read(slow=False) is first
     assert len(asked) == 1
@@ -185,28 +192,61 @@ class Stuck:
         self.points: set[str] = set()
         self.back = threading.Event()
         self.asked = 0
+        self.waiting: set[threading.Thread] = set()
         self._statvfs = os.statvfs
 
     def statvfs(self, point: Any) -> Any:
-        if point in self.points:
+        if point in self.points and not self.back.is_set():
             self.asked += 1
+            self.waiting.add(threading.current_thread())
             assert self.back.wait(60)
         return self._statvfs(point)
 
 
+def looks() -> set[threading.Thread]:
+    return {one for one in threading.enumerate() if one.name == "periscope-statvfs"}
+
+
 @pytest.fixture
 def stuck(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stuck]:
-    before = threading.active_count()
+    """Have filesystems hang, and no other one be taken for one that does: it is waited for."""
+    before = looks()
     made = Stuck()
+
+    class Look(module._Look):
+        by: threading.Thread | None = None
+
+        def is_through(self, answer_wait: float) -> bool:
+            self._is_done = Answers(lambda: self.by in made.waiting)
+            return super().is_through(answer_wait)
+
+        def _run(self) -> None:
+            self.by = threading.current_thread()
+            super()._run()
+
     monkeypatch.setattr(os, "statvfs", made.statvfs)
+    monkeypatch.setattr(module, "_Look", Look)
     yield made
     made.back.set()
-    wait_until(lambda: threading.active_count() <= before)
+    wait_until(lambda: looks() <= before)
+
+
+class Answers(threading.Event):
+    """Waits, however long that takes, for all answers or for the question that hangs."""
+
+    def __init__(self, hangs: Any) -> None:
+        super().__init__()
+        self._hangs = hangs
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout == PATIENCE
+        wait_until(lambda: self.is_set() or self._hangs())
+        return self.is_set()
 
 
 def wait_until(condition: Any) -> None:
     pause = threading.Event()
-    for _ in range(4000):
+    for _ in range(6000):
         if condition():
             return
         pause.wait(0.005)
@@ -236,7 +276,7 @@ def test_one_that_is_gone_is_forgotten(stuck, tmp_path):
     """A filesystem that was unmounted while it did not answer is asked when it is mounted anew."""
     stuck.points = {str(tmp_path)}
     mounted = [mount("/dev/sda1", "/"), mount("nas:/x", tmp_path)]
-    host = FilesystemReader(lambda _every: mounted, answer_wait=0.05)
+    host = FilesystemReader(lambda _every: mounted, answer_wait=PATIENCE)
     host.read(slow=True)
     gone = mounted.pop()
     host.read(slow=True)

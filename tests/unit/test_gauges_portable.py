@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from quiet_moment import in_a_quiet_moment
 
 from periscope_otel.gauges import portable as module
 from periscope_otel.gauges.host import HostReader
@@ -84,10 +85,18 @@ def test_cpus_are_told_by_their_places(monkeypatch):
 def test_uptimes_do_not_follow_the_wall_clock(monkeypatch):
     """Uptimes go on by the monotonic clock, also where the wall clock is set."""
     clock = Clock()
-    source = PortableSource(clock)
+
+    @in_a_quiet_moment
+    def made() -> PortableSource:
+        clock.now = time.monotonic()
+        source = PortableSource(clock)
+        host, process = source.uptime(), source.process_size().uptime
+        assert host == pytest.approx(time.time() - psutil.boot_time(), abs=2.0)
+        assert process == pytest.approx(time.time() - psutil.Process().create_time(), abs=2.0)
+        return source
+
+    source = made()
     host, process = source.uptime(), source.process_size().uptime
-    assert host == pytest.approx(time.time() - psutil.boot_time(), abs=2.0)
-    assert process == pytest.approx(time.time() - psutil.Process().create_time(), abs=2.0)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     clock.now += 60.0
     assert source.uptime() == pytest.approx(host + 60.0)

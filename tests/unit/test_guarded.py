@@ -508,7 +508,7 @@ def test_a_coroutine_that_is_closed_gives_its_permit_back(breaker):
         coroutine = fetch()
         coroutine.send(None)
         coroutine.close()
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     assert breaker.view().in_flight == 0
 
 

@@ -118,7 +118,7 @@ def test_the_child_of_a_fork_begins_at_nothing(counts):
     counts._lock.acquire()
     done = threading.Thread(target=counts.clear)
     done.start()
-    done.join(10)
+    done.join(30)
     assert counts.puts() == {}
 
 

@@ -463,7 +463,7 @@ def test_the_finaliser_takes_no_lock_of_the_sdk(drop, lock_taker):
     with lock_taker.held():
         run_loop(drop, acount)
         assert lock_taker.ended == []
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert lock_taker.deadlocks == 0
     assert lock_taker.ended == ["ok"]
 
@@ -480,7 +480,7 @@ def test_dropped_without_an_event_loop(cycle, lock_taker, caplog):
             box.append(box)
         del generator, box
         gc.collect()
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert (lock_taker.deadlocks, lock_taker.ended) == (0, ["ok"])
     assert noise(caplog) == []
 
@@ -550,7 +550,7 @@ def test_a_step_dropped_while_the_body_waits(lock_taker):
         step.close()
         del step, generator
         gc.collect()
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert (lock_taker.deadlocks, lock_taker.ended) == (0, ["cancelled"])
 
 
@@ -566,7 +566,7 @@ def test_a_coroutine_dropped_while_it_waits(lock_taker):
         coroutine.send(None)
         del coroutine
         gc.collect()
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert (lock_taker.deadlocks, lock_taker.ended) == (0, ["cancelled"])
 
 
@@ -662,6 +662,7 @@ def test_an_exception_leaves_no_cycle(parse, captured_telemetry):
     try:
         with contextlib.suppress(MarkedError):
             drive(generator.athrow(MarkedError))  # an instance would hang in the awaitable
-        assert not any(isinstance(one, MarkedError) for one in gc.get_objects())
+        # By its type: `isinstance` asks proxies, of which some that others made are dead.
+        assert not any(type(one) is MarkedError for one in gc.get_objects())
     finally:
         gc.enable()

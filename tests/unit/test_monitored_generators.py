@@ -96,7 +96,7 @@ def lock_taker(monkeypatch: pytest.MonkeyPatch) -> Iterator[LockTaker]:
     monkeypatch.setattr(current, "telemetry", telemetry_on(tracer_provider, meter_provider))
     yield processor
     monkeypatch.undo()
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     tracer_provider.shutdown()
     meter_provider.shutdown()
 
@@ -495,7 +495,7 @@ def test_the_finaliser_takes_no_lock_of_the_sdk(drop, lock_taker):
     with lock_taker.held():
         drop(count)
         assert lock_taker.ended == []
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert lock_taker.deadlocks == 0
     assert lock_taker.ended == ["ok"]
 
@@ -604,6 +604,7 @@ def test_an_exception_leaves_no_cycle(parse, captured_telemetry):
     try:
         with contextlib.suppress(MarkedError):
             generator.throw(MarkedError())
-        assert not any(isinstance(one, MarkedError) for one in gc.get_objects())
+        # By its type: `isinstance` asks proxies, of which some that others made are dead.
+        assert not any(type(one) is MarkedError for one in gc.get_objects())
     finally:
         gc.enable()

@@ -53,7 +53,7 @@ def wired(exporter: Exporter, interval: float | None = 3600.0) -> tuple[Any, Exp
 def test_a_flush_exports_what_there_is(exporter):
     """A flush collects, exports and says that it did."""
     provider, reader = wired(exporter)
-    assert reader.force_flush(10_000)
+    assert reader.force_flush(30_000)
     assert exporter.sums == [7]
     assert reader.account.counts() == (1, 0, 0)
     provider.shutdown()
@@ -64,7 +64,7 @@ def test_an_export_that_fails_is_no_flush(exporter, answer):
     """A refused or raising export is counted as failed, and the flush says so."""
     provider, reader = wired(exporter)
     exporter.answer = answer
-    assert not reader.force_flush(10_000)
+    assert not reader.force_flush(30_000)
     assert reader.account.counts() == (0, 1, 0)
     reader.stop()
     provider.shutdown()
@@ -92,7 +92,7 @@ def test_stopping_exports_nothing_and_ends_the_wait(exporter):
 def test_it_exports_on_its_beat(exporter):
     """Without being asked it exports every interval."""
     provider, reader = wired(exporter, 0.001)
-    assert exporter.exported.wait(10)
+    assert exporter.exported.wait(30)
     reader.stop()
     provider.shutdown()
 

@@ -1,5 +1,6 @@
 """What leaves a text and what stays in it; see `periscope_otel.redaction`."""
 
+import time
 import unicodedata
 
 import pytest
@@ -702,14 +703,15 @@ HOSTILE = [
 ]
 
 
-@pytest.mark.timeout(10)
 @pytest.mark.parametrize("piece", HOSTILE)
 def test_hostile_megabyte_is_dealt_with(piece: str) -> None:
     """No text makes a rule run away: neither through the window nor on a whole text at once."""
     text = (piece * (MIB // len(piece) + 1))[:MIB]
+    began = time.thread_time()  # what others take of the processor does not count
     assert len(redact(text)) <= 1024
     assert len(clean_name(text)) <= 200
     assert redaction._apply_rules(text[: 1 << 16])
+    assert time.thread_time() - began < 10
 
 
 # --- names --------------------------------------------------------------------------------------

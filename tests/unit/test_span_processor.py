@@ -131,7 +131,7 @@ def test_failed_client_spans_open_the_breaker_that_guards(tracer):
     end(span, 500)
     assert breaker.state == "open"
     assert breaker.allow() is None
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     assert (told[0].reason, told[0].error_type) == ("consecutive_failures", "500")
     assert told[0].span_context == span.get_span_context()
 
@@ -549,7 +549,7 @@ def lenient() -> Iterator[None]:
     """Let errors be contained, as outside of tests."""
     guard.set_strict(False)
     yield
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     guard.reset()
 
 
@@ -562,7 +562,7 @@ def test_a_matcher_that_raises_is_contained(make, monkeypatch):
         guard.logger, "handle", lambda _: threads.append(threading.current_thread())
     )
     call(tracer, 500)
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     assert guard.counts() == {"breaker span processor": 1}
     assert threads
     assert threading.current_thread() not in threads
@@ -577,7 +577,7 @@ def test_a_span_that_is_none_is_contained(hook):
         getattr(BreakerSpanProcessor(), hook)(object())
     finally:
         open_spans.clear()
-    worker.finish_posted(10)
+    worker.finish_posted(30)
     assert guard.counts() == {"breaker span processor": 1}
 
 
@@ -654,9 +654,9 @@ def test_other_spans_cost_next_to_nothing():
     span = provider.get_tracer("app").start_span("x")
     best = float("inf")
     for _ in range(20):
-        before = time.perf_counter()
+        before = time.thread_time()  # others' share of the processor does not count
         for _ in range(2000):
             processor.on_start(span, parent_context=None)
             processor.on_end(span)
-        best = min(best, (time.perf_counter() - before) / 2000)
+        best = min(best, (time.thread_time() - before) / 2000)
     assert best < (1e-6 if sys.gettrace() is None else 1e-5)  # coverage traces each line

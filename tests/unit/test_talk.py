@@ -6,15 +6,34 @@ import asyncio
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from periscope_otel.resilience.breaker import Breaker
+from periscope_otel.resilience.sharing import talk as module
 from periscope_otel.resilience.sharing.inbox import Inbox
 from periscope_otel.resilience.sharing.talk import Talk
 from periscope_otel.resilience.transition import Grant
 
 LASTS = 60.0
+
+
+class Clock:
+    """Seconds that pass when they are told to: a busy machine takes longer than answers may."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=made.monotonic))
+    return made
 
 
 @pytest.fixture
@@ -36,10 +55,10 @@ def test_one_question_is_under_way_at_a_time(talk):
     assert other.wait(0.0) == Grant(None)
 
 
-def test_a_question_that_nobody_answers_keeps_nobody_back(talk, monkeypatch):
+def test_a_question_that_nobody_answers_keeps_nobody_back(talk, clock):
     """After a while others decide alone."""
-    monkeypatch.setattr("periscope_otel.resilience.sharing.talk.UNANSWERED", 0.0)
     talk.ask()
+    clock.now += module.UNANSWERED
     assert talk.ask() == (None, None)
 
 
@@ -47,7 +66,7 @@ def test_a_granted_lease_is_the_askers(talk):
     """Whoever waits has it, once."""
     asked, question = talk.ask()
     threading.Timer(0.02, talk.answer, (question, Grant("a"), LASTS)).start()
-    assert asked.wait(5.0) == Grant("a")
+    assert asked.wait(60.0) == Grant("a")
     assert asked.wait(0.0) == Grant(None)
 
 
@@ -62,8 +81,8 @@ def test_no_answer_at_all_is_none_at_once(talk):
     asked, question = talk.ask()
     talk.answer(question, None)
     began = time.monotonic()
-    assert asked.wait(5.0) is None
-    assert time.monotonic() - began < 1.0
+    assert asked.wait(60.0) is None
+    assert time.monotonic() - began < 30.0
 
 
 def test_a_late_lease_is_the_next_callers(talk):
@@ -77,12 +96,17 @@ def test_a_late_lease_is_the_next_callers(talk):
     assert talk.ask()[1] is not None
 
 
-def test_a_denial_holds_for_a_moment_unless_there_is_news(talk):
+def test_a_denial_holds_for_a_moment_unless_there_is_news(talk, clock):
     """Nobody asks again at once; something told of the breaker ends it."""
     _, question = talk.ask()
     talk.answer(question, Grant(None, 1.0))
     assert talk.ask()[1] is None
     talk.news(moved=False)
+    _, question = talk.ask()
+    assert question is not None
+    talk.answer(question, Grant(None, 1.0))
+    assert talk.ask()[1] is None
+    clock.now += module.DENIED
     assert talk.ask()[1] is not None
 
 
@@ -94,11 +118,11 @@ def test_a_new_generation_ends_a_lease_in_hand(talk):
     assert talk.ask()[1] is not None
 
 
-def test_a_lease_in_hand_goes_back_after_a_while(talk):
+def test_a_lease_in_hand_goes_back_after_a_while(talk, clock):
     """Never later than half of its time."""
     _, question = talk.ask()
     talk.answer(question, Grant("a"), 0.5)
-    now = time.monotonic()
+    now = clock.now
     assert talk.unused(now, waits=True) is None
     assert talk.goes_back_at <= now + 0.25
     assert talk.unused(now + 0.3, waits=True) == "a"
@@ -106,11 +130,11 @@ def test_a_lease_in_hand_goes_back_after_a_while(talk):
 
 
 @pytest.mark.parametrize("waits", [True, False])
-def test_rare_callers_that_do_not_wait_decide_alone(talk, waits):
+def test_rare_callers_that_do_not_wait_decide_alone(talk, clock, waits):
     """After a lease that came in vain, and until something new is told."""
     _, question = talk.ask()
     talk.answer(question, Grant("a"), LASTS)
-    talk.unused(time.monotonic() + 10, waits=waits)
+    talk.unused(clock.now + 10, waits=waits)
     asked, question = talk.ask()
     assert (asked is None) == (not waits)
     talk.news(moved=True)
@@ -122,28 +146,26 @@ async def test_a_coroutine_has_the_answer_too(talk):
     """From whichever thread it comes."""
     asked, question = talk.ask()
     threading.Timer(0.02, talk.answer, (question, Grant("a"), LASTS)).start()
-    assert await asked.wait_async(5.0) == Grant("a")
+    assert await asked.wait_async(60.0) == Grant("a")
 
 
 async def test_an_answer_before_the_coroutine_waits_is_no_wait(talk):
     """Nothing is lost between the question and the `await`."""
     asked, question = talk.ask()
     talk.answer(question, Grant("a"), LASTS)
-    assert await asked.wait_async(5.0) == Grant("a")
+    assert await asked.wait_async(60.0) == Grant("a")
 
 
 async def test_a_coroutine_waits_no_longer_than_it_may(talk):
     """None after that time."""
     asked, _ = talk.ask()
-    began = time.monotonic()
-    assert await asked.wait_async(0.02) is None
-    assert time.monotonic() - began < 2.0
+    assert await asyncio.wait_for(asked.wait_async(0.02), 30) is None
 
 
 async def test_a_cancelled_coroutine_leaves_the_lease_in_hand(talk):
     """Even where the answer came just before the cancellation."""
     asked, question = talk.ask()
-    waiting = asyncio.create_task(asked.wait_async(5.0))
+    waiting = asyncio.create_task(asked.wait_async(60.0))
     await asyncio.sleep(0)
     talk.answer(question, Grant("a"), LASTS)
     waiting.cancel()
@@ -216,7 +238,7 @@ def inbox():
 def test_what_is_put_ends_the_wait(inbox):
     """And comes out in order."""
     threading.Timer(0.02, lambda: [inbox.put(n) for n in range(3)]).start()
-    inbox.wait(10.0)
+    inbox.wait(60.0)
     while len(inbox) < 3:
         time.sleep(0.001)
     assert [inbox.take() for _ in range(4)] == [0, 1, 2, None]
@@ -228,8 +250,8 @@ def test_the_other_socket_ends_the_wait_too(inbox):
     with one, other:
         other.send(b"x")
         began = time.monotonic()
-        inbox.wait(10.0, one)
-        assert time.monotonic() - began < 5.0
+        inbox.wait(60.0, one)
+        assert time.monotonic() - began < 30.0
 
 
 def test_putting_never_blocks(inbox):

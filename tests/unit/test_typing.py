@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 API = ROOT / "tests" / "typing" / "api.py"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "checker",
     [

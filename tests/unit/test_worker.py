@@ -18,7 +18,7 @@ def test_posted_work_runs_in_order():
     worker.start()
     for number in range(100):
         worker.post(lambda number=number: ran.append((number, threading.current_thread().name)))
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert [number for number, _ in ran] == list(range(100))
     assert {name for _, name in ran} == {"periscope-worker"}
 
@@ -47,7 +47,7 @@ def test_work_posted_before_the_start_runs_after_it():
     worker, done = Worker(), threading.Event()
     worker.post(done.set)
     worker.start()
-    assert done.wait(10)
+    assert done.wait(30)
 
 
 def test_start_is_idempotent():
@@ -60,7 +60,7 @@ def test_start_is_idempotent():
         starter.join()
     for _ in range(50):
         worker.post(lambda: names.append(threading.get_ident()))
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert len(names) == 50
     assert len(set(names)) == 1
 
@@ -72,7 +72,7 @@ def test_finish_is_bounded():
     worker.post(release.wait)
     assert worker.finish_posted(0) is False
     release.set()
-    assert worker.finish_posted(10) is True
+    assert worker.finish_posted(30) is True
 
 
 def test_finish_from_the_worker_itself_does_not_wait_for_itself():
@@ -82,11 +82,11 @@ def test_finish_from_the_worker_itself_does_not_wait_for_itself():
 
     def task() -> None:
         worker.post(lambda: ran.append(1))
-        answers.append(worker.finish_posted(10))
+        answers.append(worker.finish_posted(30))
         answers.append(len(ran))
 
     worker.post(task)
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert answers == [True, 1]
 
 
@@ -101,7 +101,7 @@ def test_task_that_raises_ends_nothing():
 
     worker.post(raising)
     worker.post(lambda: ran.append(1))
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert ran == [1]
     assert worker.alive
     assert sum(guard.counts().values()) == 1
@@ -121,7 +121,7 @@ def test_work_of_many_threads_all_runs():
         thread.start()
     for thread in threads:
         thread.join()
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert len(ran) == 4000
 
 
@@ -140,7 +140,7 @@ def test_posting_from_finalisers_is_safe():
     for _ in range(2000):
         Dropped()
     gc.collect()
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert len(ran) == 2000
 
 
@@ -154,7 +154,7 @@ def test_after_fork_it_starts_again():
     assert ran == []
     worker.start()
     worker.post(lambda: ran.append("child's"))
-    assert worker.finish_posted(10)
+    assert worker.finish_posted(30)
     assert ran == ["child's"]
 
 
@@ -171,7 +171,7 @@ def test_worker_of_a_real_child_works():
             worker.after_fork()
             worker.start()
             worker.post(lambda: os.write(writer, b"ran"))
-            worker.finish_posted(10)
+            worker.finish_posted(30)
         finally:
             os._exit(0)
     os.close(writer)
