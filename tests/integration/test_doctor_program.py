@@ -544,7 +544,7 @@ def test_a_sampler_of_a_provider_that_was_built_is_judged(collector, share):
     ],
 )
 def test_a_given_meter_provider_and_workers_that_are_forked_are_warned_of(
-    collector, kind, method, is_well
+    uncovered, collector, kind, method, is_well
 ):
     """Such children hang; those of a provider that was built do not."""
     with program(kind, env=otlp(collector.http)) as one:

@@ -12,6 +12,8 @@ from processes import Ended, run
 if TYPE_CHECKING:
     from otlp import Received
 
+pytestmark = pytest.mark.usefixtures("uncovered")
+
 ENDS = {0: 3, 1: 3, 2: -15, 3: 0}
 """The exit status of each fourth child: sys.exit, os._exit after shutdown(), SIGTERM, normal."""
 
@@ -32,7 +34,6 @@ def by_process(received: Received, instances_of: str = "metrics") -> dict[int, i
     return {pids[instance]: total["work"] for instance, total in sums.items()}
 
 
-@pytest.mark.usefixtures("uncovered")
 @pytest.mark.parametrize(("protocol", "count"), [("http/protobuf", 240), ("grpc", 60)])
 def test_children_of_a_busy_process_count_exactly(
     collector: Receiver, protocol: str, count: int
@@ -59,7 +60,6 @@ def test_children_of_a_busy_process_count_exactly(
     assert ended.status == 0
 
 
-@pytest.mark.usefixtures("uncovered")
 def test_a_childs_spans_and_metrics_are_about_the_same_process(collector: Receiver) -> None:
     """In a forked child spans and metrics carry one resource, with its own pid and instance."""
     ended = run("forks", "8", "4", env=otlp(collector.http))
@@ -75,7 +75,6 @@ def test_a_childs_spans_and_metrics_are_about_the_same_process(collector: Receiv
     assert spans == metrics
 
 
-@pytest.mark.usefixtures("uncovered")
 def test_children_of_a_process_with_prometheus_alone_do_not_hang() -> None:
     """Where metrics go to a Prometheus page alone, children of a busy process do not hang."""
     ended = run("forks", "80", "6", env={"PROMETHEUS": "1"}, timeout=110)

@@ -360,7 +360,7 @@ def test_a_mig_instance_that_is_destroyed_is_no_fault(gpus):
     assert gpus.calls("nvmlInitWithFlags") == 2
 
 
-def test_a_forked_child_opens_the_driver_for_itself(gpus):
+def test_a_forked_child_opens_the_driver_for_itself(uncovered, gpus):
     """In the child of a fork, where the parent's handles do not work, all figures are read."""
     before = gpus.read(slow=True)
     child = gpus.fork()

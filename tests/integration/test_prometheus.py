@@ -185,6 +185,7 @@ def test_slow_and_garbled_clients_do_no_harm() -> None:
         assert "Traceback" not in program.ended().stderr
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_a_forked_child_does_not_hold_the_port() -> None:
     """A child listens on nothing, and the port is free again once the parent has shut down."""
     with page() as (program, port):

@@ -422,6 +422,22 @@ def test_a_signal_handler_may_ask_and_stop_whatever_it_interrupts(sampler):
     assert sampler.wait(30) is not None
 
 
+def test_a_signal_handler_that_interrupts_a_start_starts_no_second_thread(sampler, monkeypatch):
+    """Wherever it comes: one thread reads."""
+    begin, begun = sampler._begin, []
+
+    def interrupted() -> None:
+        begun.append(len(begun))
+        if len(begun) == 1:
+            sampler.start()  # as a handler does
+        begin()
+
+    monkeypatch.setattr(sampler, "_begin", interrupted)
+    sampler.start()
+    assert begun == [0]
+    assert sampler.wait(30) is not None
+
+
 FORK = """
 import os
 from periscope_otel.gauges.sampler import Sampler

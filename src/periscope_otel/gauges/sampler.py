@@ -123,6 +123,8 @@ class Sampler:
 
     def _reset(self) -> None:
         self._lock = threading.RLock()  # a signal handler may come in between
+        self._leave_to_begin = [True]
+        """Empty while a thread is begun; taken out by one call that no handler can interrupt."""
         self._turn: _Turn | None = None
         self._latest: _Reading | None = None
         self._slow_due = 0.0
@@ -157,15 +159,23 @@ class Sampler:
     @property
     def hangs(self) -> bool:
         """Whether a reading takes longer than it may."""
-        since = None if self._turn is None else self._turn.reading_since
+        turn = self._turn
+        since = None if turn is None else turn.reading_since
         return since is not None and self._clock() - since > self.patience
 
     def start(self) -> None:
         """Read from now on; does nothing where that goes on already."""
         with self._lock:
             self._started = True
-            if self._turn is None or self._turn.is_over:
-                self._begin()
+            try:
+                leave = self._leave_to_begin.pop()
+            except IndexError:
+                return  # in a signal handler that has interrupted this very function, which goes on
+            try:
+                if self._turn is None or self._turn.is_over:
+                    self._begin()
+            finally:
+                self._leave_to_begin.append(leave)
 
     def stop(self, timeout: float = STOP_WAIT) -> bool:
         """End the thread after what it is reading.
