@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from ports import free_ports
 from redis import Redis
 from redis.exceptions import RedisError
 
@@ -62,7 +62,7 @@ class RedisServer:
         self._binary = binary(kind)
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.port = _free_port()
+        (self.port,) = free_ports(1)
         self.url = f"redis://127.0.0.1:{self.port}/0"
         self._options = {"save": "", "appendonly": "no", **options}
         self._process: subprocess.Popen[bytes] | None = None
@@ -81,7 +81,7 @@ class RedisServer:
     @property
     def client(self) -> Redis:
         """A client of it."""
-        return Redis(port=self.port, socket_timeout=5)
+        return Redis(port=self.port, socket_timeout=READY_WITHIN)
 
     def start(self) -> Self:
         """Start it, and wait until it answers."""
@@ -137,8 +137,3 @@ class RedisServer:
             self._process.send_signal(number)
             self._process.wait(READY_WITHIN)
             self._process = None
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -23,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 import psutil
 from apis import Jaeger as JaegerAPI
 from apis import Prometheus as PrometheusAPI
+from ports import LOCALHOST, free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,19 +31,12 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "collector-config"
 START_WITHIN = 60.0
 STOP_WITHIN = 20.0
-LOCALHOST = "127.0.0.1"
 FEATURES = (
     "exemplar-storage",
     "created-timestamp-zero-ingestion",
     "promql-extended-range-selectors",
 )
 """Of Prometheus, which takes them by a flag alone."""
-
-# Below what the kernel hands out for outgoing connections, so that a port of a server that is away
-# for a while is still free when it comes back.
-PORTS = range(20_000, 32_000)
-_given: set[int] = set()
-"""Ports that a server of this process has been given, which may not listen there yet."""
 
 
 class NoServersError(Exception):
@@ -64,24 +56,6 @@ def binaries() -> dict[str, str]:
     if found.returncode != 0:
         raise NoServersError(found.stderr.strip())
     return dict(line.split("\t") for line in found.stdout.splitlines())
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports on which nothing listens, and none twice; workers of pytest-xdist share none."""
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
-    own = [port for port in PORTS if port % 16 == worker and port not in _given]
-    ports: list[int] = []
-    for port in random.SystemRandom().sample(own, len(own)):
-        with socket.socket() as probe:
-            try:
-                probe.bind((LOCALHOST, port))
-            except OSError:
-                continue
-        ports.append(port)
-        _given.add(port)
-        if len(ports) == count:
-            return ports
-    raise OSError("there are no free ports")
 
 
 class Server:
