@@ -168,7 +168,15 @@ def clean_environment() -> dict[str, str]:
 
 
 def otlp(endpoint: str, protocol: str = "http/protobuf", **more: str) -> dict[str, str]:
-    """Return the environment that sends OTLP somewhere."""
+    """Return the environment that sends OTLP somewhere, and waits at the end until it is there.
+
+    A Collector in the tests' own process is stopped for seconds by a busy machine.
+    """
+    return otlp_by_default(endpoint, protocol, **{"PERISCOPE_SHUTDOWN_TIMEOUT": "15"} | more)
+
+
+def otlp_by_default(endpoint: str, protocol: str, **more: str) -> dict[str, str]:
+    """Return the environment that sends OTLP somewhere, and has the default bound at the end."""
     return {
         "OTEL_EXPORTER_OTLP_ENDPOINT": endpoint,
         "OTEL_EXPORTER_OTLP_PROTOCOL": protocol,

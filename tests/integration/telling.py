@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from nvml import ends_well
-from patient import otlp
-from processes import running
+from processes import otlp, running
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:

@@ -30,8 +30,7 @@ from doctoring import (
 )
 from nvml import compile_stub, ends_well
 from otlp import black_hole, refusing
-from patient import otlp
-from processes import running
+from processes import otlp, running
 
 from periscope_otel.dead_letter.queue import FILE, DeadLetterQueue
 

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from otlp import OUTCOME, Received, Receiver, black_hole, receiver, refusing
-from patient import otlp
-from processes import Ended, Program, run, running
-from processes import otlp as hurried_otlp
+from processes import Ended, Program, otlp, otlp_by_default, run, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,7 +121,7 @@ def broken() -> Iterator[dict[str, dict[str, str]]]:
         refused = stack.enter_context(refusing())
         overloaded = stack.enter_context(receiver(unavailable=True))
         yield {
-            f"{what} {protocol}": hurried_otlp(
+            f"{what} {protocol}": otlp_by_default(
                 endpoint, protocol, OTEL_EXPORTER_OTLP_TIMEOUT=WITHOUT_BOUND
             )
             for protocol in PROTOCOLS

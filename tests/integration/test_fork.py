@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from otlp import OUTCOME, Receiver
-from patient import otlp
-from processes import Ended, run
+from processes import Ended, otlp, run
 
 if TYPE_CHECKING:
     from otlp import Received
@@ -39,7 +38,7 @@ def test_children_of_a_busy_process_count_exactly(
     collector: Receiver, protocol: str, count: int
 ) -> None:
     """Of 300 forks while three threads record no child hangs, and each one's counts are its own."""
-    env = otlp(collector.endpoint(protocol), protocol, PERISCOPE_SHUTDOWN_TIMEOUT="15")
+    env = otlp(collector.endpoint(protocol), protocol)
     ended = run("forks", str(count), "6", env=env, timeout=110)
     received = collector.received()
     expected = {pid: total for pid, total in did(ended).items() if total}

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from otlp import black_hole, refusing
-from patient import otlp
-from processes import run
+from processes import otlp, run
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:

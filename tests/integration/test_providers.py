@@ -7,8 +7,7 @@ import socket
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from patient import otlp
-from processes import run
+from processes import otlp, run
 
 if TYPE_CHECKING:
     from otlp import Receiver
