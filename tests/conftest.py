@@ -22,6 +22,17 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+@pytest.fixture
+def uncovered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run programs without coverage, whose own lock does not stand forks and random interrupts.
+
+    A child forked while another thread has that lock waits for it for ever, and Ctrl-C in the
+    middle of it leaves it locked.
+    """
+    for variable in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
+        monkeypatch.delenv(variable, raising=False)
+
+
 @pytest.fixture(autouse=True)
 def internal_errors_are_raised() -> Iterator[None]:
     """Let no error of the plugin's own hide behind its guard."""

@@ -13,17 +13,6 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def uncovered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run programs without coverage, whose own lock does not stand forks and random interrupts.
-
-    A child forked while another thread has that lock waits for it for ever, and Ctrl-C in the
-    middle of it leaves it locked.
-    """
-    for variable in ("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"):
-        monkeypatch.delenv(variable, raising=False)
-
-
-@pytest.fixture
 def collector() -> Iterator[Receiver]:
     """Return a receiver of OTLP over gRPC and HTTP that keeps what it gets."""
     with receiver() as running:

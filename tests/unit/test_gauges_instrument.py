@@ -346,37 +346,43 @@ def test_a_closed_handle_silences_nobody_else_on_that_provider():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.usefixtures("no_sampler")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals by a timer")
-def test_a_signal_handler_may_ask_for_stats_and_close(provide, monkeypatch):
+def test_a_signal_handler_may_ask_for_stats_and_close():
     """None of the locks is one that the interrupted code could hold against the handler."""
-    # Samplers of its own: a thread that was started twice would read on in other tests.
-    monkeypatch.setattr(_state, "samplers", {})
-    provided, calls, goes_on = provide(), 0, True
+    done = python(
+        """
+        import signal
+        from opentelemetry.sdk.metrics import MeterProvider
+        from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+        from periscope_otel.gauges import get_system_stats, instrument_gauges
+        from periscope_otel.gauges.instrument import _state
+        provider, calls, goes_on = MeterProvider([InMemoryMetricReader()]), 0, True
 
-    def handle(_number: int, _frame: object) -> None:
-        nonlocal calls
-        calls += 1
-        get_system_stats(0.0)
-        instrument_gauges(meter_provider=provided.provider, gauges={"host"}).close()
-        # Only now, lest one that takes longer be interrupted by itself without an end. And not by
-        # the last one, which may come when the timer is off: without a handler it would kill.
-        if goes_on:
-            signal.setitimer(signal.ITIMER_REAL, 0.002)
-
-    # The SDK's own lock, under which instruments are made, is one that a handler must not want.
-    instrument_gauges(meter_provider=provided.provider, gauges={"host"}).close()
-    before = signal.signal(signal.SIGALRM, handle)
-    signal.setitimer(signal.ITIMER_REAL, 0.002)
-    try:
-        while calls < 100:
+        def use():
             get_system_stats(0.0)
-            instrument_gauges(meter_provider=provided.provider, gauges={"host"}).close()
-    finally:
+            instrument_gauges(meter_provider=provider, gauges={"host"}).close()
+
+        def handle(_number, _frame):
+            global calls
+            calls += 1
+            use()
+            # Only now, lest one that takes longer be interrupted by itself without an end. And not
+            # by the last one, which may come when all is over.
+            if goes_on:
+                signal.setitimer(signal.ITIMER_REAL, 0.002)
+
+        # The SDK's own lock, under which instruments are made, is one that no handler may want.
+        use()
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.002)
+        while calls < 200:
+            use()
         goes_on = False
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert not _state.users
+        assert not _state.users
+        """
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_slow_provider_holds_up_nobody_else(provide, switch_on):

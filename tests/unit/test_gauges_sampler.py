@@ -391,35 +391,117 @@ def test_a_stopped_sampler_is_not_started_by_asking(sampler):
     assert not sampler.alive
 
 
-@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals by a timer")
-def test_a_signal_handler_may_ask_and_stop_whatever_it_interrupts(sampler):
-    """None of its locks is one that the interrupted code could hold against the handler."""
-    calls = inside = 0
+INTERRUPTED = """
+import signal
+import threading
+import time
+from periscope_otel.gauges.sampler import Sampler
 
-    def handle(_number: int, _frame: object) -> None:
-        nonlocal calls, inside
-        calls += 1
-        if inside > 9:  # where one takes longer than the timer it is interrupted without an end
-            return
-        inside += 1
-        sampler.start()
-        sampler.latest()
-        if calls % 7 == 0:
-            sampler.stop(0.0)
-        inside -= 1
+class Source:
+    name, at_once, most = "host", 0, 0
+    def read(self, slow):
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        self.at_once -= 1
+        return "reading"
+    def left_behind(self): return None
+    def close(self): pass
+    def after_fork(self): pass
 
-    before = signal.signal(signal.SIGALRM, handle)
-    signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
-    try:
-        while calls < 400:
-            sampler.start()
-            sampler.latest()
-            sampler.stop(0.0)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+source = Source()
+sampler = Sampler(source)
+calls = inside = 0
+
+def handle(_number, _frame):
+    global calls, inside
+    calls += 1
+    if inside > 9:  # where one takes longer than the timer it is interrupted without an end
+        return
+    inside += 1
     sampler.start()
+    sampler.latest()
+    if calls % 7 == 0:
+        sampler.stop(0.0)
+    inside -= 1
+
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+while calls < 2000:
+    sampler.start()
+    sampler.latest()
+    sampler.stop(0.0)
+signal.setitimer(signal.ITIMER_REAL, 0)
+sampler.start()
+assert sampler.wait(30) == "reading"
+assert source.most == 1
+deadline = time.monotonic() + 30
+while threading.active_count() != 2:  # others are about to end
+    assert time.monotonic() < deadline, threading.enumerate()
+assert sampler.stop(30)
+"""
+
+
+@pytest.mark.usefixtures("uncovered")
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals by a timer")
+def test_a_signal_handler_may_ask_and_stop_whatever_it_interrupts():
+    """It waits for nobody, raises nothing, and one thread reads in the end."""
+    subprocess.run([sys.executable, "-c", INTERRUPTED], check=True, timeout=120)
+
+
+def test_nobody_waits_for_a_thread_that_starts_it(sampler, monkeypatch):
+    """A handler would for ever, where that thread itself needs what the interrupted code holds."""
+    begin, entered, free = sampler._begin, threading.Event(), threading.Event()
+
+    def held_up() -> None:
+        entered.set()
+        free.wait(60)
+        begin()
+
+    monkeypatch.setattr(sampler, "_begin", held_up)
+    other = threading.Thread(target=sampler.start)
+    other.start()
+    assert entered.wait(30)
+    sampler.start()
+    assert sampler.latest() is None
+    assert sampler.stop(30)
+    assert (other.is_alive(), sampler._turn) == (True, None)
+    sampler.start()
+    free.set()
+    other.join(30)
+    assert sampler.wait(30) == "reading 1"
+
+
+def test_a_signal_handler_that_stops_a_thread_as_it_is_started_raises_nothing(sampler, monkeypatch):
+    """The thread ends after its first reading."""
+    start, stopped, threads = threading.Thread.start, [], []
+
+    def interrupted(thread: threading.Thread) -> None:
+        threads.append(thread)
+        stopped.append(sampler.stop(30))  # as a handler does
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        sampler.start()
+    threads[0].join(30)
+    assert (stopped, threads[0].is_alive(), sampler.alive) == ([False], False, False)
+
+
+def test_after_ctrl_c_while_its_thread_is_started_one_thread_reads(sampler, monkeypatch):
+    """The next who asks has one started; one that nobody knows of ends."""
+    start, started = threading.Thread.start, []
+
+    def interrupted(thread: threading.Thread) -> None:
+        started.append(thread)
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sampler.start()
     assert sampler.wait(30) is not None
+    assert sampler._turn.thread is not started[0]
 
 
 def test_a_signal_handler_that_interrupts_a_start_starts_no_second_thread(sampler, monkeypatch):
@@ -461,6 +543,7 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.usefixtures("uncovered")
 def test_hooks_are_registered_for_forks():
     """A real fork calls the hooks: the child begins anew, and its parent goes on."""
     subprocess.run([sys.executable, "-c", FORK], check=True, timeout=60)

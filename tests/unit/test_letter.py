@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import json
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -566,18 +565,27 @@ def test_ids_of_many_threads_are_unique_and_sorted(clock):
     assert len({one for mine in made for one in mine}) == 8 * 5000
 
 
+INTERRUPTED = """
+import json, signal
+from periscope_otel.dead_letter.identity import LetterIds
+ids, handled = LetterIds(lambda: 1_760_000_000_000_000_000), []
+ids.new()
+signal.signal(signal.SIGALRM, lambda *_: handled.append(ids.new()))
+signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+made = []
+while len(made) < 20_000 or not handled:
+    made.append(ids.new())
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(json.dumps([made, handled]))
+"""
+
+
+@pytest.mark.usefixtures("uncovered")
 def test_ids_made_by_a_signal_handler_are_others():
     """A handler that interrupts who makes an id may make one too, and none is made twice."""
-    ids = LetterIds(Clock())
-    handled: list[str] = []
-    before = signal.signal(signal.SIGALRM, lambda *_: handled.append(ids.new()))
-    try:
-        signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
-        made = [ids.new() for _ in range(20_000)]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert handled
+    command = [sys.executable, "-W", "ignore", "-c", INTERRUPTED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    made, handled = json.loads(done.stdout)
     assert made == sorted(made)
     stamps = {uuid.UUID(one).int >> 64 for one in (*made, *handled)}
     assert len(stamps) == len(made) + len(handled)
@@ -618,6 +626,7 @@ print(json.dumps([*children, [ids.new() for _ in range(20)]]))
 """
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_ids_of_forked_children_differ():
     """Children forked while a thread makes ids neither hang nor make an id twice."""
     command = [sys.executable, "-W", "ignore", "-c", FORK]

@@ -1189,6 +1189,7 @@ waiting.wait()
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_the_child_of_a_fork_waits_also_where_its_parent_shuts_down():
     """It begins anew."""
     done = python("""
@@ -1204,6 +1205,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.usefixtures("uncovered")
 def test_a_shutdown_in_a_signal_handler_does_not_hang():
     """Whatever the main thread is in the middle of."""
     done = python("""

@@ -84,13 +84,15 @@ class _Turn:
         self.wake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.gate = ForkGate()
         self.thread: threading.Thread | None = None
+        self.has_begun = False
+        """Set by the thread itself: one that does not run yet has not died."""
         self.reading_since: float | None = None
 
     @property
     def is_over(self) -> bool:
         """Whether its thread has died, by an exception that nobody may contain."""
         thread = self.thread
-        return thread is not None and thread.ident is not None and not thread.is_alive()
+        return self.has_begun and thread is not None and not thread.is_alive()
 
 
 class Sampler:
@@ -100,8 +102,12 @@ class Sampler:
         source: What to read.
         interval: Seconds between two readings.
         clock: Monotonic seconds.
-        is_wanted: Asked before each reading but the first; where it says no, the thread ends.
+        is_wanted: Asked before each reading but the first; where it says no, the thread ends, until
+            somebody starts the sampler or asks for the latest reading.
     """
+
+    # No lock: a signal handler may start, ask and stop, and must not wait for a thread that itself
+    # waits for what the interrupted code holds (that of `threading.Thread.start`, to name one).
 
     def __init__(
         self,
@@ -122,9 +128,8 @@ class Sampler:
         _samplers.add(self)
 
     def _reset(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may come in between
-        self._leave_to_begin = [True]
-        """Empty while a thread is begun; taken out by one call that no handler can interrupt."""
+        self._decider: dict[None, object] = {}
+        """Who says which thread reads: one at a time, whoever came first by `dict.setdefault`."""
         self._turn: _Turn | None = None
         self._latest: _Reading | None = None
         self._slow_due = 0.0
@@ -165,17 +170,17 @@ class Sampler:
 
     def start(self) -> None:
         """Read from now on; does nothing where that goes on already."""
-        with self._lock:
-            self._started = True
+        self._started = True
+        while (turn := self._turn) is None or turn.is_over:
+            mine = object()
             try:
-                leave = self._leave_to_begin.pop()
-            except IndexError:
-                return  # in a signal handler that has interrupted this very function, which goes on
-            try:
-                if self._turn is None or self._turn.is_over:
+                if self._decider.setdefault(None, mine) is not mine:
+                    return  # another thread is here, or the code that a handler has interrupted
+                if self._turn is turn:
                     self._begin()
+                    return
             finally:
-                self._leave_to_begin.append(leave)
+                self._leave_deciding(mine)
 
     def stop(self, timeout: float = STOP_WAIT) -> bool:
         """End the thread after what it is reading.
@@ -186,16 +191,16 @@ class Sampler:
         Returns:
             Whether it has ended.
         """
-        with self._lock:
-            self._started = False
-            turn = self._turn
+        self._started = False
+        turn = self._turn
         self.wake()
-        if turn is None:
+        thread = None if turn is None else turn.thread
+        if thread is None:
             return True
-        thread = turn.thread
-        if thread is None or thread.ident is None or thread is threading.current_thread():
-            return False  # it ends as soon as it runs, or comes back here
-        thread.join(timeout)
+        try:
+            thread.join(timeout)
+        except RuntimeError:  # it ends as soon as it runs, or comes back from here
+            return False
         return not thread.is_alive()
 
     def wake(self) -> None:
@@ -232,22 +237,31 @@ class Sampler:
     # The thread.
 
     def _begin(self) -> None:
-        """Start a thread; the caller holds the lock."""
-        turn = self._turn = _Turn()
+        """Start a thread; the caller decides alone."""
+        turn = _Turn()
         turn.thread = threading.Thread(
             target=self._run, args=(turn,), name=f"periscope-{self.source.name}", daemon=True
         )
+        self._turn = turn
         try:
             turn.thread.start()
         except RuntimeError:  # no more threads, or the interpreter is ending
             self._turn = None
+        except BaseException:  # Ctrl-C: nobody knows whether it runs
+            self._turn = None
+            raise
+
+    def _leave_deciding(self, mine: object) -> None:
+        if self._decider.get(None) is mine:
+            del self._decider[None]
 
     def _run(self, turn: _Turn) -> None:
+        turn.has_begun = True
         pause = min(FIRST_PAUSE, self._interval)
-        while True:
+        while self._turn is turn:
             self.read_once(turn)
             _wait(turn.wake, pause)
-            if self._is_over(turn):
+            if self._ends(turn):
                 return
             pause = self._interval
 
@@ -272,20 +286,32 @@ class Sampler:
             if self._started:
                 logger.info("reading the %s figures works again", name)
 
-    def _is_over(self, turn: _Turn) -> bool:
+    def _ends(self, turn: _Turn) -> bool:
         """Whether nobody wants more; the source is closed then."""
-        with self._lock:
-            self._started = self._started and self._is_wanted()
-            if self._started:
-                return False
-            self._latest = None
+        if self._goes_on():
+            return False
+        self._latest = None
         self._close_source(turn)
-        with self._lock:
-            if self._started:  # again, while it was being closed
+        if self._goes_on():
+            return False
+        if self._turn is turn:
+            self._turn = None  # from here on whoever starts it begins another thread
+        return not (self._goes_on() and self._takes_up(turn))
+
+    def _goes_on(self) -> bool:
+        return self._started and self._is_wanted()
+
+    def _takes_up(self, turn: _Turn) -> bool:
+        """Have a thread go on that was no longer the one that reads, unless another one is."""
+        mine = object()
+        try:
+            if self._decider.setdefault(None, mine) is not mine:
                 return False
-            if self._turn is turn:
-                self._turn = None
-            return True
+            if self._turn is None:
+                self._turn = turn
+            return self._turn is turn
+        finally:
+            self._leave_deciding(mine)
 
     def _close_source(self, turn: _Turn) -> None:
         self._slow_due = 0.0
